@@ -1,0 +1,1 @@
+"""Triton kernels, one op a module. Imported only where Triton is installed."""

@@ -1,0 +1,165 @@
+"""The one rule by which every op picks its backend: Triton, C++ or plain torch.
+
+An op lists its backends from the most to the least preferred; the last is the torch reference, which
+always runs. The automatic choice takes the first that does not refuse and logs each refusal once.
+An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it cannot be
+followed, the call raises and says why.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+CHOICES = ("auto", "triton", "cpp", "torch")
+
+_logger = logging.getLogger("lgvit_fast")
+
+
+def _never_missing(device: torch.device) -> str | None:
+    return None
+
+
+def _never_refuse(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: "triton", "cpp" or "torch".
+        run: The implementation; takes the op's own arguments.
+        missing: Takes the device of the op's first argument and says, in plain words, why this backend
+            cannot run there at all (not built, not installed, wrong device); None if it can.
+        refuse: Takes the op's own arguments and says why it cannot run on these (a dtype, a shape, a
+            stride), without the sizes at hand, so that a reason is logged once and not per shape;
+            None if it can. Asked only if nothing is missing.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    missing: Callable[[torch.device], str | None] = _never_missing
+    refuse: Callable[..., str | None] = _never_refuse
+
+
+class OpReport(NamedTuple):
+    """Which backend an op takes on a device, and why not the ones it prefers."""
+
+    op: str
+    backend: str
+    refused: dict[str, str]
+
+
+class Op:
+    """An op with several backends, called like a function.
+
+    Args:
+        name: The op's name in messages and reports.
+        backends: In order of preference, the torch reference last. Each takes the same arguments, the
+            first of which is a tensor on the device where the work is done.
+    """
+
+    def __init__(self, name: str, *backends: Backend) -> None:
+        if not backends or backends[-1].name != "torch":
+            raise ValueError(f"the last backend of op {name!r} must be the torch reference")
+        self.name = name
+        self.backends = backends
+        _registry[name] = self
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        """Runs the op.
+
+        Args:
+            *args: The op's own arguments.
+            backend: "auto", "triton", "cpp" or "torch"; None takes the choice in force (`backend`,
+                else ``LGVIT_BACKEND``, else "auto").
+            **kwargs: The op's own keyword arguments.
+
+        Raises:
+            ValueError: `backend` is no known name.
+            RuntimeError: `backend` is an explicit choice that cannot run; the message says why.
+        """
+        chosen = self.choose(*args, backend=backend, **kwargs)
+        return chosen.run(*args, **kwargs)
+
+    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
+        """The backend that a call with these arguments runs on; raises as the call would."""
+        name = _choice.get() if backend is None else _checked(backend)
+        if name != "auto":
+            for candidate in self.backends:
+                if candidate.name == name:
+                    reason = candidate.missing(args[0].device) or candidate.refuse(*args, **kwargs)
+                    if reason:
+                        raise RuntimeError(f"{self.name}: backend {name!r} cannot run: {reason}")
+                    return candidate
+            if backend is not None:
+                has = ", ".join(candidate.name for candidate in self.backends)
+                raise RuntimeError(f"{self.name}: there is no {name!r} backend, only {has}")
+            # A choice made for all ops does not address one that has no such backend.
+        for candidate in self.backends[:-1]:
+            reason = candidate.missing(args[0].device) or candidate.refuse(*args, **kwargs)
+            if reason is None:
+                return candidate
+            if not torch.compiler.is_compiling():
+                _log_once(self.name, candidate.name, reason)
+        return self.backends[-1]
+
+    def report(self, device: torch.device) -> OpReport:
+        """The automatic choice on `device`, as far as it does not depend on the arguments."""
+        refused: dict[str, str] = {}
+        for candidate in self.backends[:-1]:
+            reason = candidate.missing(device)
+            if reason is None:
+                return OpReport(self.name, candidate.name, refused)
+            refused[candidate.name] = reason
+        return OpReport(self.name, self.backends[-1].name, refused)
+
+
+def report(device: torch.device | str) -> list[OpReport]:
+    """One row for each op: the backend it takes on `device`, and why it refused better ones."""
+    return [op.report(torch.device(device)) for op in _registry.values()]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Sets the backend of every op inside a ``with`` block, in this thread only.
+
+    An op that has no backend of that name keeps its automatic choice.
+
+    Args:
+        name: "auto", "triton", "cpp" or "torch".
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    token = _choice.set(_checked(name))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def _checked(name: str, source: str = "backend") -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}; got {name!r}")
+    return name
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _logged:
+        _logged.add((op, name, reason))
+        _logger.info("%s: not on %s: %s", op, name, reason)
+
+
+_registry: dict[str, Op] = {}
+_logged: set[tuple[str, str, str]] = set()
+_choice: ContextVar[str] = ContextVar(
+    "lgvit_backend", default=_checked(os.environ.get("LGVIT_BACKEND", "auto"), "LGVIT_BACKEND")
+)
