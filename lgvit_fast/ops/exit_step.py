@@ -1,0 +1,137 @@
+"""The exit step: pooled vectors and prefix tokens to logits, statistics and the exit decision.
+
+Everything after a head's pooling is affine and folds into one matrix, so an exit ends in one small
+product on `[B, ...]`, the softmax statistics of its rows and a rule that says who leaves.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgvit_fast.ops.dispatch import Backend, Op
+
+__all__ = ["ExitRule", "ExitStep", "RuleKind", "apply_rule", "exit_step", "exit_step_reference"]
+
+
+class RuleKind(IntEnum):
+    """What an exit rule compares; the values are shared with the kernels."""
+
+    NEVER = 0
+    CONFIDENCE = 1  # max softmax > threshold
+    ENTROPY = 2  # entropy in nats < threshold
+    PATIENCE = 3  # `patience` exits in a row predict the same class
+    PATIENT_CONFIDENT = 4  # `patience` exits in a row have entropy < threshold
+
+
+class ExitRule(NamedTuple):
+    """One exit's rule in the form every backend understands."""
+
+    kind: RuleKind
+    threshold: float = 0.0
+    patience: int = 0
+
+
+class ExitStep(NamedTuple):
+    """What an exit says of each image that reaches it."""
+
+    logits: Tensor  # [B, K], compute dtype
+    leave: Tensor  # [B] bool
+    valid: Tensor  # [B] bool, False where the softmax is not a number
+
+
+def apply_rule(rule: ExitRule, logits: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Decide who leaves; updates `state` in place.
+
+    Args:
+        rule: the exit's rule; comparisons are strict.
+        logits: `[B, K]`.
+        state: `[B, 2]` int32, per image: length of the current run, last predicted class.
+
+    Returns:
+        `(leave, valid)`, each `[B]` bool. An image with a NaN or +inf logit is not valid, never
+        leaves and starts its run anew. `0 log 0` counts as 0 in the entropy.
+    """
+    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    confidence, prediction = probabilities.max(dim=-1)
+    valid = ~confidence.isnan()
+    if rule.kind == RuleKind.CONFIDENCE:
+        return confidence > rule.threshold, valid
+    if rule.kind == RuleKind.NEVER:
+        return torch.zeros_like(valid), valid
+    run, last = state.unbind(1)
+    if rule.kind == RuleKind.PATIENCE:
+        run.copy_(torch.where(valid, torch.where(prediction == last, run + 1, 1), 0))
+        last.copy_(torch.where(valid, prediction, -1))
+        return run >= rule.patience, valid
+    sure = torch.special.entr(probabilities).sum(-1) < rule.threshold
+    if rule.kind == RuleKind.ENTROPY:
+        return sure, valid
+    run.copy_(torch.where(sure, run + 1, 0))
+    return run >= rule.patience, valid
+
+
+def exit_step_reference(
+    pooled: Tensor,
+    tokens: Tensor,
+    num_class_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+) -> ExitStep:
+    """`exit_step` in plain PyTorch: the definition every backend is compared with."""
+    vectors = pooled.flatten(1).to(weight.dtype)
+    if num_class_tokens:
+        class_tokens = tokens[:, :num_class_tokens].flatten(1).to(weight.dtype)
+        vectors = torch.cat((vectors, class_tokens), dim=1)
+    logits = F.linear(vectors, weight, bias.to(weight.dtype))
+    return ExitStep(logits, *apply_rule(rule, logits, state))
+
+
+_op = Op("exit_step", Backend("torch", exit_step_reference))
+
+
+def exit_step(
+    pooled: Tensor,
+    tokens: Tensor,
+    num_class_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+    *,
+    backend: str | None = None,
+) -> ExitStep:
+    """Logits of an exit and its decision.
+
+    Args:
+        pooled: `[B, M, C]` from `lph_pool` or `gah_pool`.
+        tokens: `[B, P + N, C]`; its first `num_class_tokens` rows are read.
+        num_class_tokens: T, the class tokens the classifier sees: 0, 1 (cls) or 2 (cls, dist).
+        weight: `[K, (M + T) * C]`, compute dtype.
+        bias: `[K]`.
+        rule: the exit's rule.
+        state: `[B, 2]` int32, contiguous rows, updated in place (see `apply_rule`).
+        backend: one of `lgvit_fast.ops.CHOICES` for this call only.
+
+    Raises:
+        ValueError: a shape does not fit.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    columns = (pooled.shape[1] + num_class_tokens) * pooled.shape[2]
+    if weight.dim() != 2 or weight.shape[1] != columns:
+        raise ValueError(
+            f"exit_step: weight has shape {tuple(weight.shape)}, expected [K, {columns}]"
+            f" for pooled {tuple(pooled.shape)} and {num_class_tokens} class tokens"
+        )
+    if pooled.shape[0] != tokens.shape[0] or tuple(state.shape) != (tokens.shape[0], 2):
+        raise ValueError(
+            f"exit_step: pooled {tuple(pooled.shape)}, tokens {tuple(tokens.shape)} and state"
+            f" {tuple(state.shape)} do not describe the same images"
+        )
+    return _op(pooled, tokens, num_class_tokens, weight, bias, rule, state, backend=backend)

@@ -1,0 +1,109 @@
+"""Local perception head, pooled: from a block's tokens to the two vectors an exit decides on.
+
+The mean over tokens commutes with every affine map after the last gelu, so the head's second GEMM,
+its last BatchNorms and the classifier act on one vector an image (see docs/kernels.md). What is
+left per token is one GEMM, a gelu, an affine, the depthwise 3x3 and a second gelu.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgvit_fast.ops.checks import check_tokens
+from lgvit_fast.ops.dispatch import Backend, Op
+
+__all__ = ["LPHWeights", "depthwise3x3", "lph_pool", "lph_pool_reference"]
+
+
+class LPHWeights(NamedTuple):
+    """What a local perception head computes per token, BatchNorm folded to an affine.
+
+    The four fields after `bias` are None for the light head, which has no depthwise step. Matrices
+    carry the compute dtype; vectors and depthwise taps are float32 (float64 in a float64 model).
+    """
+
+    weight: Tensor  # [C, C], first pointwise convolution
+    bias: Tensor  # [C]
+    scale: Tensor | None = None  # [C], BatchNorm 1
+    shift: Tensor | None = (
+        None  # [C]; cannot move into depthwise_bias: the zero padding comes after
+    )
+    depthwise_weight: Tensor | None = None  # [C, 3, 3]
+    depthwise_bias: Tensor | None = None  # [C]
+
+
+def depthwise3x3(
+    tokens: Tensor, patch_grid: tuple[int, int], weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Depthwise 3x3 convolution with zero padding on the token layout.
+
+    Args:
+        tokens: `[B, N, C]`, patches row-major.
+        patch_grid: `(H, W)` with `H * W == N`.
+        weight: `[C, 3, 3]`.
+        bias: `[C]`.
+
+    Returns:
+        `[B, N, C]`.
+    """
+    batch, count, width = tokens.shape
+    grid = tokens.reshape(batch, *patch_grid, width).permute(0, 3, 1, 2)
+    out = F.conv2d(grid, weight.unsqueeze(1), bias, padding=1, groups=width)
+    return out.permute(0, 2, 3, 1).reshape(batch, count, width)
+
+
+def lph_pool_reference(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Tensor:
+    """`lph_pool` in plain PyTorch: the definition every backend is compared with."""
+    x = tokens[:, num_prefix_tokens:]
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    hidden = F.gelu(F.linear(x, weights.weight, weights.bias.to(x.dtype)))
+    if weights.depthwise_weight is not None:
+        hidden = (hidden * weights.scale + weights.shift).to(x.dtype)
+        hidden = depthwise3x3(
+            hidden,
+            patch_grid,
+            weights.depthwise_weight.to(x.dtype),
+            weights.depthwise_bias.to(x.dtype),  # type: ignore[union-attr]
+        )
+        hidden = F.gelu(hidden)
+    pooled = (hidden.mean(1, dtype=accumulate), x.mean(1, dtype=accumulate))
+    return torch.stack(pooled, dim=1)
+
+
+_op = Op("lph_pool", Backend("torch", lph_pool_reference))
+
+
+def lph_pool(
+    tokens: Tensor,
+    patch_grid: tuple[int, int],
+    num_prefix_tokens: int,
+    weights: LPHWeights,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean hidden vector and mean token of a local perception head (paper section 3.3, exact form).
+
+    Args:
+        tokens: `[B, P + N, C]`, any strides; float32, float64, bfloat16 or float16.
+        patch_grid: `(H, W)` with `H * W == N`.
+        num_prefix_tokens: P, the leading tokens to leave out.
+        weights: the folded head; `depthwise_weight is None` selects the light head.
+        backend: one of `lgvit_fast.ops.CHOICES` for this call only.
+
+    Returns:
+        `[B, 2, C]` float32 (float64 for float64 tokens). Row 0 is the mean over the N patches of
+        `gelu(dw(scale * gelu(x W^T + b) + shift))` (full) or `gelu(x W^T + b)` (light), row 1 the
+        mean of x.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    check_tokens("lph_pool", tokens, patch_grid, num_prefix_tokens, weights.weight, rows=1)
+    return _op(tokens, patch_grid, num_prefix_tokens, weights, backend=backend)
