@@ -1,4 +1,4 @@
-"""The ops: each has a torch reference, faster backends where they exist, and one way of choosing."""
+"""Ops: each has a torch reference and faster backends, chosen by one rule."""
 
 from lgvit_fast.ops.dispatch import backend, report
 

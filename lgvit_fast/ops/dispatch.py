@@ -1,9 +1,9 @@
 """The one rule by which every op picks its backend: Triton, C++ or plain torch.
 
-An op lists its backends from the most to the least preferred; the last is the torch reference, which
-always runs. The automatic choice takes the first that does not refuse and logs each refusal once.
-An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it cannot be
-followed, the call raises and says why.
+An op lists its backends from the most to the least preferred; the last is the torch reference,
+which always runs. The automatic choice takes the first that does not refuse and logs each refusal
+once. An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it cannot
+be followed, the call raises and says why.
 """
 
 import logging
@@ -36,11 +36,11 @@ class Backend:
     Attributes:
         name: "triton", "cpp" or "torch".
         run: The implementation; takes the op's own arguments.
-        missing: Takes the device of the op's first argument and says, in plain words, why this backend
-            cannot run there at all (not built, not installed, wrong device); None if it can.
-        refuse: Takes the op's own arguments and says why it cannot run on these (a dtype, a shape, a
-            stride), without the sizes at hand, so that a reason is logged once and not per shape;
-            None if it can. Asked only if nothing is missing.
+        missing: Takes the device of the op's first argument and says, in plain words, why this
+            backend cannot run there at all (not built, not installed, wrong device); None if it can.
+        refuse: Takes the op's own arguments and says why it cannot run on these (a dtype, a shape,
+            a stride), without the sizes at hand, so that a reason is logged once and not per
+            shape; None if it can. Asked only if nothing is missing.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Op:
 
     Args:
         name: The op's name in messages and reports.
-        backends: In order of preference, the torch reference last. Each takes the same arguments, the
-            first of which is a tensor on the device where the work is done.
+        backends: In order of preference, the torch reference last. Each takes the same arguments,
+            the first of which is a tensor on the device where the work is done.
     """
 
     def __init__(self, name: str, *backends: Backend) -> None:
@@ -160,6 +160,5 @@ def _log_once(op: str, name: str, reason: str) -> None:
 
 _registry: dict[str, Op] = {}
 _logged: set[tuple[str, str, str]] = set()
-_choice: ContextVar[str] = ContextVar(
-    "lgvit_backend", default=_checked(os.environ.get("LGVIT_BACKEND", "auto"), "LGVIT_BACKEND")
-)
+_environment: str = _checked(os.environ.get("LGVIT_BACKEND", "auto"), "LGVIT_BACKEND")
+_choice: ContextVar[str] = ContextVar("lgvit_backend", default=_environment)
