@@ -1,0 +1,189 @@
+"""What the kernels share: the exact gelu, pooled loads, a projection tile, autotuning, checks."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run on the CPU (``TRITON_INTERPRET=1`` was set before the first import)."""
+
+EMULATED = tl.constexpr(INTERPRETED)  # the same, as kernels read it
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def gelu(x):
+    """The exact gelu, `x Phi(x)`, in float32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`a @ b + acc` in float32; the interpreter, which has no bfloat16 products, widens first."""
+    if EMULATED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_pooled(token, mask, high, wide, stride_y, stride_x, R: tl.constexpr):
+    """A tile of tokens [rows, channels], each the mean of its R x R window inside the grid.
+
+    `token` points at the window's first token, `high` and `wide` [rows] say how much of the window
+    is inside, `stride_y` and `stride_x` step through it. R = 1 is a plain load: subsampling is only
+    a matter of where `token` points.
+    """
+    if R == 1:
+        return tl.load(token, mask=mask, other=0.0)
+    else:
+        total = tl.zeros(token.shape, dtype=tl.float32)
+        for i in tl.static_range(R * R):
+            inside = (i // R < high) & (i % R < wide)
+            here = token + ((i // R) * stride_y + (i % R) * stride_x)
+            total += tl.load(here, mask=mask & inside[:, None], other=0.0).to(tl.float32)
+        return (total / (high * wide).to(tl.float32)[:, None]).to(token.dtype.element_ty)
+
+
+@triton.jit
+def project_tile(
+    token,  # [BLOCK_M] pointers to the first channel of each token (or of its window's first)
+    row_mask,  # [BLOCK_M] which of them exist
+    high,  # [BLOCK_M] rows of the pooling window that lie inside the grid
+    wide,  # [BLOCK_M] columns of it
+    stride_y,  # elements from a token to the one below it in the grid
+    stride_x,  # elements to the next token
+    stride_c,  # elements to the next channel
+    weight,  # [BLOCK_N] pointers to rows of a contiguous Linear weight [out, C]
+    col_mask,  # [BLOCK_N] which of them exist
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A [BLOCK_M, BLOCK_N] tile of `pool(tokens) @ weight.T`, accumulated in float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        # Whole tiles are the rule: then the channel masks fold away.
+        inside = k < C if C % BLOCK_K else k >= 0
+        mask = row_mask[:, None] & inside[None, :]
+        a = load_pooled(
+            token[:, None] + k[None, :] * stride_c, mask, high, wide, stride_y, stride_x, R
+        )
+        b = tl.load(
+            weight[None, :] + k[:, None], mask=inside[:, None] & col_mask[None, :], other=0.0
+        )
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+def autotune(
+    configs: list[triton.Config], key: list[str], shared: Callable[..., int] | None = None
+) -> Callable[[Any], Any]:
+    """`triton.autotune` with its choice kept on disk; the first candidate under the interpreter.
+
+    Args:
+        configs: candidates, the best guess first.
+        key: names of the arguments whose change asks for a new choice.
+        shared: bytes of shared memory a candidate needs, given it and the call's arguments;
+            candidates beyond the device's limit are not tried.
+    """
+
+    def prune(candidates: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
+        properties = triton.runtime.driver.active.utils.get_device_properties
+        limit = properties(torch.cuda.current_device())["max_shared_mem"]
+        return fitting(candidates, shared, limit, named | kwargs)
+
+    if INTERPRETED:
+        return triton.autotune(configs=configs[:1], key=key)
+    return triton.autotune(
+        configs=configs, key=key, prune_configs_by={"early_config_prune": prune}, cache_results=True
+    )
+
+
+def fitting(
+    candidates: list[Any], shared: Callable[..., int] | None, limit: int, args: dict[str, Any]
+) -> list[Any]:
+    """Candidates within `limit` bytes of shared memory; the smallest where none is."""
+    if shared is None:
+        return candidates
+    need = [shared(candidate, args) for candidate in candidates]
+    kept = [c for c, bytes_ in zip(candidates, need, strict=True) if bytes_ <= limit]
+    return kept or [candidates[need.index(min(need))]]
+
+
+def projection_configs() -> list[triton.Config]:
+    """Tiles of a projection; BLOCK_M is the launcher's choice (`projection_rows`)."""
+    return [
+        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for n, k, warps, stages in (
+            (128, 64, 8, 3),
+            (256, 64, 8, 3),
+            (128, 64, 4, 3),
+            (64, 64, 4, 4),
+            (64, 32, 4, 4),
+            (32, 64, 4, 4),
+        )
+    ]
+
+
+def projection_shared(config: triton.Config, args: dict[str, Any]) -> int:
+    """Bytes of a pipelined projection: a tile of both operands for each stage."""
+    tile = (args["BLOCK_M"] + config.kwargs["BLOCK_N"]) * config.kwargs["BLOCK_K"]
+    return config.num_stages * tile * args["x"].element_size()
+
+
+def projection_rows(rows: int, columns: int) -> int:
+    """BLOCK_M: 128 where tiles of 128 x 128 would fill a large GPU once (132 SMs), else 64."""
+    return 128 if rows * columns >= 132 * 128 * 128 else 64
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tokens(tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int) -> None:
+    """Check tokens `[B, P + N, C]`, of any strides, against their grid.
+
+    Raises:
+        ValueError: shape, dtype or device is not one the kernels take.
+    """
+    height, width = patch_grid
+    require(tokens.ndim == 3, f"tokens has shape {tuple(tokens.shape)}, expected [B, P + N, C]")
+    require(tokens.dtype in DTYPES, f"tokens is {tokens.dtype}, expected one of {DTYPES}")
+    expected = num_prefix_tokens + height * width
+    require(
+        height > 0 and width > 0 and num_prefix_tokens >= 0 and tokens.shape[1] == expected,
+        f"tokens has {tokens.shape[1]} rows an image, expected {num_prefix_tokens} prefix tokens"
+        f" + {height} x {width} patches",
+    )
+    check_device("tokens", tokens)
+    require(tokens.shape[0] * expected < 2**31, "tokens has 2^31 or more rows")
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Check that kernels can run where `tensor` is."""
+    require(tensor.is_cuda or INTERPRETED, f"{name} is on {tensor.device}, expected a CUDA device")
+
+
+def check_weight(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Check a weight's shape and device and return it contiguous."""
+    found = tuple(tensor.shape)
+    require(found == tuple(shape), f"{name} has shape {found}, expected {tuple(shape)}")
+    require(tensor.device == like.device, f"{name} is on {tensor.device}, expected {like.device}")
+    return tensor.contiguous()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's device current: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
