@@ -63,15 +63,11 @@ def lph_pool_reference(
     x = tokens[:, num_prefix_tokens:]
     accumulate = torch.promote_types(x.dtype, torch.float32)
     hidden = F.gelu(F.linear(x, weights.weight, weights.bias.to(x.dtype)))
-    if weights.depthwise_weight is not None:
+    if weights.depthwise_weight is not None and weights.depthwise_bias is not None:
+        assert weights.scale is not None and weights.shift is not None
         hidden = (hidden * weights.scale + weights.shift).to(x.dtype)
-        hidden = depthwise3x3(
-            hidden,
-            patch_grid,
-            weights.depthwise_weight.to(x.dtype),
-            weights.depthwise_bias.to(x.dtype),  # type: ignore[union-attr]
-        )
-        hidden = F.gelu(hidden)
+        taps, bias = weights.depthwise_weight.to(x.dtype), weights.depthwise_bias.to(x.dtype)
+        hidden = F.gelu(depthwise3x3(hidden, patch_grid, taps, bias))
     pooled = (hidden.mean(1, dtype=accumulate), x.mean(1, dtype=accumulate))
     return torch.stack(pooled, dim=1)
 

@@ -1,0 +1,85 @@
+"""timm's VisionTransformer family: ViT, DeiT (distilled too), registers, no class token, any grid."""
+
+from __future__ import annotations
+
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lgvit_fast.backbones.base import Backbone
+
+__all__ = ["ViTBackbone"]
+
+
+class ViTBackbone(Backbone):
+    """Any `timm.models.vision_transformer.VisionTransformer`.
+
+    Raises:
+        ValueError: the model drops patches at random in training (`patch_drop_rate`), so that no patch
+            grid is left for the heads.
+    """
+
+    model: VisionTransformer
+
+    def __init__(self, model: VisionTransformer) -> None:
+        if not isinstance(model.patch_drop, nn.Identity):
+            raise ValueError("patch_drop_rate must be 0: exit heads need the whole patch grid")
+        self.model = model
+        self.num_blocks = len(model.blocks)
+        self.num_classes = model.num_classes
+        self.in_chans = model.patch_embed.proj.in_channels
+
+    @staticmethod
+    def supports(model: nn.Module) -> bool:
+        """Whether this adapter knows the model."""
+        return isinstance(model, VisionTransformer)
+
+    def width(self, layer: int) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.model.num_prefix_tokens)
+
+    @property
+    def num_class_tokens(self) -> int:
+        if isinstance(self.model, VisionTransformerDistilled):
+            return 2
+        return 1 if self.model.cls_token is not None else 0
+
+    def patch_grid(self, image_size: tuple[int, int], layer: int) -> tuple[int, int]:
+        embed = self.model.patch_embed
+        if not self.model.dynamic_img_size:
+            if image_size != tuple(embed.img_size):
+                raise ValueError(
+                    f"images are {image_size[0]} x {image_size[1]} pixels, the model wants"
+                    f" {embed.img_size[0]} x {embed.img_size[1]}"
+                    " (dynamic_img_size=True in create_model takes other sizes)"
+                )
+            return (int(embed.grid_size[0]), int(embed.grid_size[1]))
+        patch = embed.patch_size
+        fits = embed.dynamic_img_pad or not (image_size[0] % patch[0] or image_size[1] % patch[1])
+        if not fits or image_size[0] < 1 or image_size[1] < 1:
+            raise ValueError(
+                f"images are {image_size[0]} x {image_size[1]} pixels, the model wants multiples of"
+                f" its {patch[0]} x {patch[1]} patches"
+            )
+        height, width = embed.dynamic_feat_size(image_size)
+        return int(height), int(width)
+
+    def embed(self, images: Tensor) -> Tensor:
+        tokens = self.model._pos_embed(self.model.patch_embed(images))
+        normed: Tensor = self.model.norm_pre(tokens)
+        return normed
+
+    def blocks(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+        recompute = self.model.grad_checkpointing and self.model.training
+        for block in self.model.blocks[start:stop]:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+        return tokens
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        logits = self.model.forward_head(self.model.norm(tokens))
+        # In its own training mode a distilled DeiT gives the votes of both classifiers.
+        return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits

@@ -1,0 +1,73 @@
+"""Global aggregation head: attention over a pooled grid, for deep exits that lack global context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lgvit_fast.ops.gah import POOLS, gah_pool, pool_grid
+
+__all__ = ["GlobalAggregationHead"]
+
+
+class GlobalAggregationHead(nn.Module):
+    """Self-attention over the grid reduced by `stride` (paper section 3.3): no residual, no norm.
+
+    Args:
+        width: C.
+        stride: r, pooling stride of the grid.
+        num_heads: attention heads, must divide `width`.
+        pool: "subsample" (what the published code does) or "average" (r x r means).
+
+    Raises:
+        ValueError: `num_heads` does not divide `width`, or an unknown `pool`.
+    """
+
+    num_pooled = 1  # rows of `pool`: the query-averaged attention output
+
+    def __init__(
+        self, width: int, stride: int, num_heads: int = 8, pool: str = "subsample"
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"num_heads={num_heads} must be positive and divide the width {width}")
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r}, expected one of {POOLS}")
+        self.stride, self.num_heads, self.pool_type = stride, num_heads, pool
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.qkv.weight, std=0.02)
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Training form: patch tokens `[B, N, C]` to the feature y `[B, n, C]`, n pooled tokens."""
+        s = pool_grid(patches, patch_grid, self.stride, self.pool_type)
+        q, k, v = self.qkv(s).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        feature: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        return feature
+
+    def fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the exact inference form.
+
+        Returns:
+            The qkv matrix `[3C, C]` in `dtype` for `pool`, and in float64 the matrix `[C, C]` and bias
+            `[C]` with `mean_n y = matrix @ pooled.flatten() + bias`.
+        """
+        return self.qkv.weight.to(dtype), self.proj.weight.double(), self.proj.bias.double()
+
+    def pool(
+        self, tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: Tensor
+    ) -> Tensor:
+        """Inference form: tokens `[B, P + N, C]` to pooled `[B, 1, C]`."""
+        return gah_pool(
+            tokens,
+            patch_grid,
+            num_prefix_tokens,
+            weights,
+            self.num_heads,
+            self.stride,
+            self.pool_type,
+        )

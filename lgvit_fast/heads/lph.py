@@ -1,0 +1,86 @@
+"""Local perception head: convolution-flavoured, for shallow exits that lack local detail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lgvit_fast.heads.affine import batchnorm_affine, batchnorm_tokens
+from lgvit_fast.ops.lph import LPHWeights, depthwise3x3, lph_pool
+
+__all__ = ["LocalPerceptionHead"]
+
+
+class LocalPerceptionHead(nn.Module):
+    """Inverted-bottleneck-free MobileNet block on patch tokens (paper section 3.3).
+
+    Full: `y = BN3(PW2(BN2(gelu(DW3x3(BN1(gelu(PW1 x))))))) + x`. Light: the same without the
+    depthwise step and its norm. A pointwise convolution is a Linear on tokens and BatchNorm2d on the
+    map is BatchNorm1d over all tokens of the batch, so nothing is permuted but for the depthwise step.
+
+    Args:
+        width: C.
+        full: with the depthwise 3x3 convolution; otherwise the light head.
+    """
+
+    num_pooled = 2  # rows of `pool`: mean hidden vector, mean token
+
+    def __init__(self, width: int, full: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.pointwise1 = nn.Linear(width, width)
+        self.norm1 = nn.BatchNorm1d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if full else None
+        self.depthwise_norm = nn.BatchNorm1d(width) if full else None
+        self.pointwise2 = nn.Linear(width, width)
+        self.norm2 = nn.BatchNorm1d(width)
+        for linear in (self.pointwise1, self.pointwise2):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Training form: patch tokens `[B, N, C]` to the feature y `[B, N, C]`."""
+        hidden = batchnorm_tokens(self.norm1, F.gelu(self.pointwise1(patches)))
+        if self.depthwise is not None and self.depthwise_norm is not None:
+            weight, bias = self.depthwise.weight.squeeze(1), self.depthwise.bias
+            assert bias is not None  # for the type checker: the convolution is made with one
+            hidden = F.gelu(depthwise3x3(hidden, patch_grid, weight, bias))
+            hidden = batchnorm_tokens(self.depthwise_norm, hidden)
+        return batchnorm_tokens(self.norm2, self.pointwise2(hidden)) + patches
+
+    def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
+        """Weights of the exact inference form.
+
+        Returns:
+            The per-token weights in `dtype` for `pool`, and in float64 the matrix `[C, 2C]` and bias
+            `[C]` with `mean_n y = matrix @ pooled.flatten() + bias`.
+        """
+        vectors = torch.promote_types(dtype, torch.float32)
+        scale1, shift1 = batchnorm_affine(self.norm1)
+        scale3, shift3 = batchnorm_affine(self.norm2)
+        weights = LPHWeights(self.pointwise1.weight.to(dtype), self.pointwise1.bias.to(vectors))
+        scale2, shift2 = scale1, shift1  # what the mean hidden vector still has to pass
+        if self.depthwise is not None and self.depthwise_norm is not None:
+            assert self.depthwise.bias is not None
+            scale2, shift2 = batchnorm_affine(self.depthwise_norm)
+            weights = weights._replace(
+                scale=scale1.to(vectors),
+                shift=shift1.to(vectors),
+                depthwise_weight=self.depthwise.weight.squeeze(1).to(vectors),
+                depthwise_bias=self.depthwise.bias.to(vectors),
+            )
+        projection = scale3[:, None] * self.pointwise2.weight.double()
+        bias = scale3 * self.pointwise2.bias.double() + shift3 + projection @ shift2
+        identity = torch.eye(self.width, dtype=torch.float64, device=bias.device)
+        return weights, torch.cat((projection * scale2, identity), dim=1), bias
+
+    def pool(
+        self,
+        tokens: Tensor,
+        patch_grid: tuple[int, int],
+        num_prefix_tokens: int,
+        weights: LPHWeights,
+    ) -> Tensor:
+        """Inference form: tokens `[B, P + N, C]` to pooled `[B, 2, C]`."""
+        return lph_pool(tokens, patch_grid, num_prefix_tokens, weights)

@@ -1,0 +1,320 @@
+"""LGViT: a timm model with early exits (paper section 3), and a batch's way through it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lgvit_fast.backbones import adapt
+from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
+from lgvit_fast.ops.compact import compact_
+from lgvit_fast.outputs import ExitOutputs, Inference
+from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.pretrained import PretrainedMixin, describe_backbone
+
+__all__ = ["LGViT", "create_model"]
+
+_BACKBONE, _HEADS = "backbone.", "exit_heads."
+
+
+class LGViT(PretrainedMixin, nn.Module):
+    """A timm classifier whose easy images leave early.
+
+    The wrapped model keeps its weights under its own names in `state_dict()`; the heads add
+    `exit_heads.*`. In train mode a call gives `ExitOutputs` of all exits; in eval mode it gives logits
+    `[B, K]`, each image's from the first exit that is sure under `policy`.
+
+    Args:
+        timm_model: a timm ViT or DeiT with a classifier.
+        exits: where: None (the default layout), a count, block numbers from 1, or `ExitSpec`s.
+        num_classes: K; a new classifier is made if it differs from the model's own.
+        heads: what: one of "lph_full", "lph_light", "gah_r" for each exit; None follows the paper.
+        pool: grid pooling of global heads, "subsample" (as published) or "average".
+        num_heads: attention heads of global heads; must divide the width.
+
+    Attributes:
+        backbone: the timm model.
+        exits: tuple of `ExitSpec`, shallow to deep.
+        exit_heads: the heads, in the same order.
+        num_blocks: L.
+        num_classes: K.
+
+    Raises:
+        ValueError: an unsupported model, no classes, or exits and heads that do not fit it.
+    """
+
+    def __init__(
+        self,
+        timm_model: nn.Module,
+        exits: int | Sequence[int] | Sequence[ExitSpec] | None = None,
+        num_classes: int | None = None,
+        *,
+        heads: Sequence[str] | None = None,
+        pool: str = "subsample",
+        num_heads: int = 8,
+    ) -> None:
+        super().__init__()
+        adapt(timm_model)  # refuses an unsupported model before it is changed
+        if num_classes is not None and num_classes != timm_model.num_classes:
+            timm_model.reset_classifier(num_classes)  # type: ignore[operator]
+        self.backbone = timm_model
+        self.adapter = adapt(timm_model)
+        self.num_blocks = self.adapter.num_blocks
+        self.num_classes = self.adapter.num_classes
+        if self.num_classes < 1:
+            raise ValueError("the timm model has no classifier: give num_classes")
+        self.exits = resolve_exits(exits, heads, self.num_blocks)
+        self.pool, self.num_heads = pool, num_heads
+        self.exit_heads = nn.ModuleList(
+            ExitHead(
+                spec,
+                self.adapter.width(spec.layer),
+                self.num_classes,
+                self.adapter.num_prefix_tokens,
+                self.adapter.num_class_tokens,
+                num_heads,
+                pool,
+            )
+            for spec in self.exits
+        )
+        parameter = next(timm_model.parameters())
+        self.exit_heads.to(parameter.device, parameter.dtype)
+        self._policy: Policy = Confidence()
+        self._backbone_frozen = False
+        self._backbone_config = describe_backbone(timm_model)
+        self.register_state_dict_post_hook(_hide_backbone_prefix)
+        self.register_load_state_dict_pre_hook(_show_backbone_prefix)
+        self.register_load_state_dict_post_hook(_rename_incompatible)
+        self.train(timm_model.training)
+
+    @property
+    def policy(self) -> Policy:
+        """When an image is sure enough to leave; used by eval-mode calls and by default in `infer`."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = self._fitting(policy)
+
+    def forward(self, images: Tensor) -> ExitOutputs | Tensor:
+        """`ExitOutputs` in train mode, logits `[B, K]` with early exit in eval mode."""
+        return self.forward_exits(images) if self.training else self.infer(images).logits
+
+    def forward_exits(self, images: Tensor, features: bool = False) -> ExitOutputs:
+        """Run every image to the end and ask every exit. Differentiable, in either mode.
+
+        Args:
+            images: `[B, channels, height, width]`.
+            features: also give the heads' features and the last block's tokens (stage 2 needs them).
+
+        Raises:
+            ValueError: images of another shape, size, dtype or device than the model wants.
+        """
+        self.adapter.check_images(images)
+        size = (images.shape[2], images.shape[3])
+        logits, kept = [], []
+        start = 0
+        with torch.no_grad() if self._backbone_frozen else nullcontext():
+            tokens = self.adapter.embed(images)
+        for spec, head in zip(self.exits, self.exit_heads, strict=True):
+            with torch.no_grad() if self._backbone_frozen else nullcontext():
+                tokens = self.adapter.blocks(tokens, start, spec.layer)
+            opinion, feature = head(tokens, self.adapter.patch_grid(size, spec.layer))
+            logits.append(opinion)
+            if features:
+                kept.append(feature)
+            start = spec.layer
+        with torch.no_grad() if self._backbone_frozen else nullcontext():
+            tokens = self.adapter.blocks(tokens, start, self.num_blocks)
+            final = self.adapter.classify(tokens)
+        patches = tokens[:, self.adapter.num_prefix_tokens :] if features else None
+        return ExitOutputs(
+            exits=tuple(logits),
+            final=final,
+            features=tuple(kept) if features else None,
+            last_tokens=patches,
+            patch_grid=self.adapter.patch_grid(size, self.num_blocks),
+        )
+
+    @torch.no_grad()
+    def infer(self, images: Tensor, policy: Policy | None = None) -> Inference:
+        """Answer each image at the first exit that is sure; the others go on, compacted.
+
+        An image's answer does not depend on the batch it comes in.
+
+        Args:
+            images: `[B, channels, height, width]`; B = 0 is fine.
+            policy: None takes `self.policy`.
+
+        Raises:
+            RuntimeError: the model is in train mode.
+            ValueError: images of another shape, size, dtype or device than the model wants, or a
+                policy for another number of exits.
+        """
+        if self.training:
+            raise RuntimeError("infer needs eval mode: call model.eval() first")
+        policy = self._policy if policy is None else self._fitting(policy)
+        self.adapter.check_images(images)
+        size = (images.shape[2], images.shape[3])
+        answer = self._blank_answer(images)
+        if not len(images):
+            return answer
+        self.prepare()
+
+        tokens = self.adapter.embed(images)
+        alive = torch.arange(len(images), device=images.device)
+        state = policy.start(len(images), images.device)
+        start = 0
+        for index, (spec, head) in enumerate(zip(self.exits, self._heads, strict=True)):
+            tokens = self.adapter.blocks(tokens, start, spec.layer)
+            grid = self.adapter.patch_grid(size, spec.layer)
+            step = head.step(tokens, grid, policy.rule(index), state)
+            self._record(answer, alive, index, step.logits, step.valid)
+            keep = ~policy.decide(step.leave, state, index)
+            count = compact_(tokens, keep, alive, state)
+            if count == 0:
+                return answer
+            tokens, alive, state = tokens[:count], alive[:count], state[:count]
+            start = spec.layer
+        final = self.adapter.classify(self.adapter.blocks(tokens, start, self.num_blocks))
+        self._record(answer, alive, len(self.exits), final, ~final.logsumexp(-1).isnan())
+        return answer
+
+    def prepare(self) -> None:
+        """Fold the heads' weights for inference, where they changed. `infer` does it by itself."""
+        for head in self._heads:
+            head.prepare(self._compute_dtype())
+
+    def freeze_backbone(self, frozen: bool = True) -> None:
+        """Keep the backbone as it is: eval mode whatever `train` says, and no gradients (stage 2)."""
+        self._backbone_frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> LGViT:
+        """Sets the mode; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self._backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizer factory exempts from weight decay."""
+        return {_BACKBONE + name for name in self.backbone.no_weight_decay()}  # type: ignore[operator]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by depth for timm's layer-wise lr decay; the heads count as deepest."""
+        matcher = self.backbone.group_matcher(coarse)  # type: ignore[operator]
+        return {
+            name: [(_below_backbone(pattern), suffix) for pattern, suffix in spec]
+            if isinstance(spec, list | tuple)
+            else _below_backbone(spec)
+            for name, spec in matcher.items()
+        }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Timm's configuration of the backbone: mean, std, input size and so on."""
+        return self.backbone.pretrained_cfg  # type: ignore[return-value]
+
+    default_cfg = pretrained_cfg
+
+    @property
+    def _heads(self) -> list[ExitHead]:
+        return cast(list[ExitHead], list(self.exit_heads))
+
+    def _fitting(self, policy: Policy) -> Policy:
+        if not isinstance(policy, Policy):
+            raise ValueError(
+                f"policy={policy!r}, expected a lgvit_fast policy such as Confidence(0.8)"
+            )
+        policy.check(len(self.exits))
+        return policy
+
+    def _compute_dtype(self) -> torch.dtype:
+        parameter = next(self.exit_heads.parameters())
+        if torch.is_autocast_enabled(parameter.device.type):
+            return torch.get_autocast_dtype(parameter.device.type)
+        return parameter.dtype
+
+    def _blank_answer(self, images: Tensor) -> Inference:
+        batch = len(images)
+        return Inference(
+            logits=images.new_zeros(batch, self.num_classes, dtype=self._compute_dtype()),
+            exit_index=images.new_zeros(batch, dtype=torch.int64),
+            exit_layer=images.new_zeros(batch, dtype=torch.int64),
+            nonfinite=images.new_zeros(batch, dtype=torch.bool),
+        )
+
+    def _record(
+        self, answer: Inference, alive: Tensor, index: int, logits: Tensor, valid: Tensor
+    ) -> None:
+        """Write this exit's word for all who got here; who goes on is overwritten further down."""
+        layer = self.exits[index].layer if index < len(self.exits) else self.num_blocks
+        answer.logits.index_copy_(0, alive, logits.to(answer.logits.dtype))
+        answer.exit_index.index_fill_(0, alive, index)
+        answer.exit_layer.index_fill_(0, alive, layer)
+        answer.nonfinite.index_copy_(0, alive, answer.nonfinite[alive] | ~valid)
+
+
+def create_model(
+    model_name: str,
+    pretrained: bool = False,
+    *,
+    exits: int | Sequence[int] | Sequence[ExitSpec] | None = None,
+    heads: Sequence[str] | None = None,
+    pool: str = "subsample",
+    exit_num_heads: int = 8,
+    **timm_kwargs: Any,
+) -> LGViT:
+    """Make a timm model by name and give it early exits.
+
+    Args:
+        model_name: any timm ViT or DeiT, such as "vit_base_patch16_224".
+        pretrained: let timm load its pretrained weights (needs the network or a cache).
+        exits: see `LGViT`.
+        heads: see `LGViT`.
+        pool: see `LGViT`.
+        exit_num_heads: attention heads of global heads (`num_heads` is the backbone's own).
+        **timm_kwargs: go to `timm.create_model`: num_classes, img_size, depth, ...
+
+    Raises:
+        ValueError: no timm model of that name, or see `LGViT`.
+    """
+    if not timm.is_model(model_name):
+        near = timm.list_models(f"*{model_name.split('_')[0]}*", pretrained=False)[:5]
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise ValueError(f"timm has no model named {model_name!r}{hint}")
+    backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
+    return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
+
+
+def _below_backbone(pattern: str) -> str:
+    return rf"^{re.escape(_BACKBONE)}(?:{pattern.replace('^', '')})"
+
+
+def _hide_backbone_prefix(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix + _BACKBONE)]:
+        state_dict[prefix + key[len(prefix + _BACKBONE) :]] = state_dict.pop(key)
+
+
+def _show_backbone_prefix(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
+) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        if not name.startswith(_HEADS):
+            state_dict[prefix + _BACKBONE + name] = state_dict.pop(key)
+
+
+def _rename_incompatible(module: nn.Module, incompatible: Any) -> None:
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        keys[:] = [key.replace(_BACKBONE, "", 1) for key in keys]

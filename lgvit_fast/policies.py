@@ -1,0 +1,185 @@
+"""Exit policies: when is an answer sure enough to leave.
+
+A policy is one rule an exit and a few integers of state an image. The rule is plain data
+(`ExitRule`) so that a kernel can apply it; the state travels with its image through compaction, so
+an image gets the same answer alone or in any batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lgvit_fast.ops.exit_step import ExitRule, RuleKind
+
+__all__ = ["Confidence", "Entropy", "Patience", "PatientConfident", "Policy", "Replay"]
+
+
+class Policy:
+    """Base of all policies; subclass and override `rule` (and `decide` for one beyond the rules)."""
+
+    def check(self, num_exits: int) -> None:
+        """Raise ValueError unless the policy fits a model of `num_exits` exits."""
+
+    def start(self, batch: int, device: torch.device) -> Tensor:
+        """State of a fresh batch: `[B, 2]` int32, run length 0 and no last class (-1)."""
+        return torch.tensor([0, -1], dtype=torch.int32, device=device).repeat(batch, 1)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        """The rule of an exit, counted from 0."""
+        return ExitRule(RuleKind.NEVER)
+
+    def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
+        """Who leaves, `[B]` bool, given what the rule said; by default just that."""
+        return leave
+
+
+@dataclass(frozen=True)
+class Confidence(Policy):
+    """Leave when the largest softmax probability exceeds a threshold.
+
+    Args:
+        threshold: in [0, 1], one number or one per exit. Default: the published 0.865.
+    """
+
+    threshold: float | Sequence[float] = 0.865
+
+    def __post_init__(self) -> None:
+        _check_thresholds(self.threshold, upper=1.0)
+
+    def check(self, num_exits: int) -> None:
+        _check_length(self.threshold, num_exits)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        return ExitRule(RuleKind.CONFIDENCE, _at(self.threshold, exit_index))
+
+
+@dataclass(frozen=True)
+class Entropy(Policy):
+    """Leave when the entropy of the softmax falls below a threshold.
+
+    Args:
+        threshold: nats, not negative, one number or one per exit. Default: the published 0.6.
+    """
+
+    threshold: float | Sequence[float] = 0.6
+
+    def __post_init__(self) -> None:
+        _check_thresholds(self.threshold)
+
+    def check(self, num_exits: int) -> None:
+        _check_length(self.threshold, num_exits)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        return ExitRule(RuleKind.ENTROPY, _at(self.threshold, exit_index))
+
+
+@dataclass(frozen=True)
+class Patience(Policy):
+    """Leave when this many exits in a row predict the same class, the first one counting as 1.
+
+    Args:
+        patience: exits in a row, at least 1. Default: the published 7.
+    """
+
+    patience: int = 7
+
+    def __post_init__(self) -> None:
+        _check_patience(self.patience)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        return ExitRule(RuleKind.PATIENCE, patience=self.patience)
+
+
+@dataclass(frozen=True)
+class PatientConfident(Policy):
+    """Leave when this many exits in a row have an entropy below a threshold, whatever their classes.
+
+    Args:
+        threshold: nats, not negative, one number or one per exit. Default: the published 0.5.
+        patience: exits in a row, at least 1. Default: the published 2.
+    """
+
+    threshold: float | Sequence[float] = 0.5
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        _check_thresholds(self.threshold)
+        _check_patience(self.patience)
+
+    def check(self, num_exits: int) -> None:
+        _check_length(self.threshold, num_exits)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        threshold = _at(self.threshold, exit_index)
+        return ExitRule(RuleKind.PATIENT_CONFIDENT, threshold, self.patience)
+
+
+class Replay(Policy):
+    """Scripts each image's exit by its place in the batch, whatever the logits say.
+
+    For benchmarks and tests: a recorded distribution of exits without the weights that made it.
+
+    Args:
+        exit_index: `[B]` integers, the exit (from 0) at which each image leaves; a number not
+            reached by the model's exits means the final classifier.
+
+    Raises:
+        ValueError: not one-dimensional, not integer, or negative.
+    """
+
+    def __init__(self, exit_index: Sequence[int] | Tensor) -> None:
+        script = torch.as_tensor(exit_index)
+        if script.dim() != 1 or script.is_floating_point() or script.dtype == torch.bool:
+            if script.numel():
+                raise ValueError(
+                    f"exit_index has shape {tuple(script.shape)} and dtype {script.dtype},"
+                    " expected [B] integers"
+                )
+        if script.numel() and int(script.min()) < 0:
+            raise ValueError(f"exit_index holds {int(script.min())}, expected exits from 0 on")
+        self.exit_index = script.to(torch.int32)
+
+    def __repr__(self) -> str:
+        return f"Replay({self.exit_index.numel()} images)"
+
+    def start(self, batch: int, device: torch.device) -> Tensor:
+        """State: the scripted exit of each image."""
+        if batch != self.exit_index.numel():
+            raise ValueError(
+                f"Replay scripts {self.exit_index.numel()} images, the batch has {batch}"
+            )
+        return self.exit_index.to(device)[:, None].repeat(1, 2)
+
+    def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
+        return state[:, 0] <= exit_index
+
+
+def _at(value: float | Sequence[float], index: int) -> float:
+    return float(value[index]) if isinstance(value, Sequence) else float(value)
+
+
+def _check_thresholds(value: float | Sequence[float], upper: float = math.inf) -> None:
+    numbers = list(value) if isinstance(value, Sequence) else [value]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"threshold={value!r}, expected a number or one number per exit")
+        if not 0 <= number <= upper or math.isinf(number):
+            bounds = "0 or more" if math.isinf(upper) else f"between 0 and {upper:g}"
+            raise ValueError(f"threshold={number!r}, expected {bounds}")
+    if not numbers:
+        raise ValueError("threshold is empty, expected a number or one number per exit")
+
+
+def _check_length(value: float | Sequence[float], num_exits: int) -> None:
+    if isinstance(value, Sequence) and len(value) != num_exits:
+        raise ValueError(f"threshold has {len(value)} entries, the model has {num_exits} exits")
+
+
+def _check_patience(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"patience={value!r}, expected an integer of at least 1")

@@ -1,0 +1,89 @@
+"""Files of weights and settings: safetensors and json, written atomically, never a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["load_json", "load_weights", "save_json", "save_weights", "write_atomic"]
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Make a file appear whole or not at all.
+
+    `write` gets a temporary path beside `path`; the result is synced to disk and renamed over
+    `path`. When anything fails (disk full, a kill) what stood at `path` before is intact.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to a safetensors file, atomically. Shared storage is written once per name."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomic(path, lambda file: save_file(plain, file, metadata=dict(metadata or {})))
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a pickle (which is never loaded), a truncated or another kind of file.
+    """
+    data = Path(path).read_bytes()
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        raise ValueError(
+            f"{path} is a pickle, which can run code when loaded and is not read here;"
+            " convert it to safetensors"
+        )
+    try:
+        return load_bytes(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def save_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a json file, atomically."""
+    write_atomic(path, lambda file: _write_text(file, json.dumps(value, indent=2) + "\n"))
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Read a json file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not json.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not json: {error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
