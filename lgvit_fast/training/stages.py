@@ -1,0 +1,103 @@
+"""What each stage minimises: a module from (images, targets) to the loss and its terms.
+
+A stage is a module around the model, so that distributed wrappers see one ordinary forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lgvit_fast.model import LGViT
+from lgvit_fast.training.config import Stage1Config, Stage2Config
+from lgvit_fast.training.losses import (
+    Stage2Losses,
+    cross_entropy,
+    distillation,
+    stage1_loss,
+    stage2_losses,
+)
+
+Terms = dict[str, Tensor]
+
+
+class Stage1(nn.Module):
+    """Stage 1: backbone and heads, end to end (`losses.stage1_loss`)."""
+
+    name = "stage1"
+
+    def __init__(self, model: LGViT, config: Stage1Config, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.config, self.label_smoothing = model, config, label_smoothing
+
+    def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
+        """Loss of images `[B, C, H, W]` at an update (the alternation counter), and its parts."""
+        outputs = self.model.forward_exits(images)
+        exit_ce = [cross_entropy(logits, targets, self.label_smoothing) for logits in outputs.exits]
+        final_ce = cross_entropy(outputs.final, targets, self.label_smoothing)
+        exit_kd = None
+        if self.config.strategy == "distillation":
+            exit_kd = [distillation(logits, outputs.final.detach()) for logits in outputs.exits]
+        loss = stage1_loss(
+            exit_ce,
+            final_ce,
+            [spec.layer for spec in self.model.exits],
+            self.model.num_blocks,
+            self.config.strategy,
+            update,
+            exit_kd,
+            self.config.alpha,
+        )
+        terms = {"ce_final": final_ce, "ce_exits": torch.stack(exit_ce).mean()}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+class Stage2(nn.Module):
+    """Stage 2: the heads alone, taught by the backbone, frozen here (`losses.stage2_losses`)."""
+
+    name = "stage2"
+
+    def __init__(self, model: LGViT, config: Stage2Config, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        model.freeze_backbone()
+        self.model, self.config, self.label_smoothing = model, config, label_smoothing
+        self._raw_tokens: Tensor | None = None
+        if config.published:
+            model.backbone.norm.register_forward_pre_hook(self._keep_raw_tokens)
+
+    def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
+        """Loss of images `[B, C, H, W]`, and its parts (each summed over exits or pairs)."""
+        losses = self.losses(images, targets)
+        loss = losses.total(self.config.alpha, self.config.beta, self.config.gamma)
+        return loss, {
+            name: torch.stack(terms).sum().detach() if terms else loss.new_zeros(())
+            for name, terms in vars(losses).items()
+        }
+
+    def losses(self, images: Tensor, targets: Tensor) -> Stage2Losses:
+        """Every term of the loss, not yet weighted."""
+        outputs = self.model.forward_exits(images, features=True)
+        return stage2_losses(
+            outputs.exits,
+            outputs.features,
+            outputs.last_tokens,
+            outputs.patch_grid,
+            self._published_teacher() if self.config.published else outputs.final,
+            targets,
+            self.model.exits,
+            temperature=self.config.temperature,
+            label_smoothing=self.label_smoothing,
+            pool=self.model.pool,
+            published=self.config.published,
+        )
+
+    def _published_teacher(self) -> Tensor:
+        """The published code's teacher: the classifier on raw last tokens, without the final norm."""
+        assert self._raw_tokens is not None
+        logits: Tensor = self.model.backbone.forward_head(self._raw_tokens)
+        return logits
+
+    def _keep_raw_tokens(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._raw_tokens = inputs[0].detach()
