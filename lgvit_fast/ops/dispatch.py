@@ -2,8 +2,8 @@
 
 An op lists its backends from the most to the least preferred; the last is the torch reference,
 which always runs. The automatic choice takes the first that does not refuse and logs each refusal
-once. An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it cannot
-be followed, the call raises and says why.
+once. An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it
+cannot be followed, the call raises and says why.
 """
 
 import logging
@@ -37,10 +37,10 @@ class Backend:
         name: "triton", "cpp" or "torch".
         run: The implementation; takes the op's own arguments.
         missing: Takes the device of the op's first argument and says, in plain words, why this
-            backend cannot run there at all (not built, not installed, wrong device); None if it can.
+            backend cannot run there at all (not built, not installed, wrong device), or None.
         refuse: Takes the op's own arguments and says why it cannot run on these (a dtype, a shape,
             a stride), without the sizes at hand, so that a reason is logged once and not per
-            shape; None if it can. Asked only if nothing is missing.
+            shape; or None. Asked only if nothing is missing.
     """
 
     name: str
