@@ -10,13 +10,25 @@ The method is LGViT: "Dynamic Early Exiting for Accelerating Vision Transformer"
 arXiv 2308.00255).
 """
 
-from lgvit_fast import ops
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lgvit_fast._version import __version__
-from lgvit_fast.heads import ExitSpec
-from lgvit_fast.interop import load_published
-from lgvit_fast.model import LGViT, create_model
-from lgvit_fast.outputs import ExitOutputs, Inference
-from lgvit_fast.policies import Confidence, Entropy, Patience, PatientConfident, Policy, Replay
+
+if TYPE_CHECKING:
+    from lgvit_fast import ops
+    from lgvit_fast.heads import ExitSpec
+    from lgvit_fast.interop import load_published
+    from lgvit_fast.model import LGViT, create_model
+    from lgvit_fast.outputs import ExitOutputs, Inference
+    from lgvit_fast.policies import (
+        Confidence,
+        Entropy,
+        Patience,
+        PatientConfident,
+        Policy,
+        Replay,
+    )
 
 __all__ = [
     "Confidence",
@@ -34,3 +46,27 @@ __all__ = [
     "load_published",
     "ops",
 ]
+
+# Names are imported when first used: torch takes seconds, and `lgvit-fast --help` needs none of it.
+_HOME = {
+    "heads": ("ExitSpec",),
+    "interop": ("load_published",),
+    "model": ("LGViT", "create_model"),
+    "outputs": ("ExitOutputs", "Inference"),
+    "policies": ("Confidence", "Entropy", "Patience", "PatientConfident", "Policy", "Replay"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("lgvit_fast.ops")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"lgvit_fast.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
