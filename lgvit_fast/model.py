@@ -44,6 +44,7 @@ class LGViT(PretrainedMixin, nn.Module):
         exit_heads: the heads, in the same order.
         num_blocks: L.
         num_classes: K.
+        class_names: what the classes are called, in their order, or None; saved with the model.
 
     Raises:
         ValueError: an unsupported model, no classes, or exits and heads that do not fit it.
@@ -69,6 +70,7 @@ class LGViT(PretrainedMixin, nn.Module):
         self.num_classes = self.adapter.num_classes
         if self.num_classes < 1:
             raise ValueError("the timm model has no classifier: give num_classes")
+        self.class_names: list[str] | None = None
         self.exits = resolve_exits(exits, heads, self.num_blocks)
         self.pool, self.num_heads = pool, num_heads
         self.exit_heads = nn.ModuleList(
@@ -292,6 +294,8 @@ def create_model(
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise ValueError(f"timm has no model named {model_name!r}{hint}")
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
+    if not hasattr(backbone, "_model_args"):  # older timm does not note how a model was made
+        backbone._model_args = dict(timm_kwargs)
     return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
 
 

@@ -38,6 +38,7 @@ class PretrainedMixin:
             "format": _FORMAT,
             "backbone": model._backbone_config,
             "num_classes": model.num_classes,
+            "class_names": model.class_names,
             "exits": [dataclasses.asdict(spec) for spec in model.exits],
             "pool": model.pool,
             "num_heads": model.num_heads,
@@ -98,6 +99,7 @@ class PretrainedMixin:
             num_heads=config["num_heads"],
         )
         model._backbone_config = config["backbone"]  # type: ignore[attr-defined]
+        model.class_names = config.get("class_names")  # type: ignore[attr-defined]
         if config.get("policy"):
             arguments = dict(config["policy"])
             model.policy = getattr(policies, arguments.pop("name"))(**arguments)  # type: ignore[attr-defined]

@@ -70,7 +70,8 @@ class ViTBackbone(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         tokens = self.model._pos_embed(self.model.patch_embed(images))
-        normed: Tensor = self.model.norm_pre(tokens)
+        # Without prefix tokens timm gives a transposed view, whose strides the blocks would keep.
+        normed: Tensor = self.model.norm_pre(tokens).contiguous()
         return normed
 
     def blocks(self, tokens: Tensor, start: int, stop: int) -> Tensor:
