@@ -137,6 +137,8 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
         raise ValueError(
             f"the model has {model.num_classes} classes, the images {len(data.class_names)}"
         )
+    if len(data.class_names) == model.num_classes:
+        model.class_names = data.class_names
     model.to(process.device)
     sources = data.sources(InputSpec.of(model.backbone))
     if process.primary:
@@ -532,7 +534,7 @@ def describe(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str,
         config: what `LGViT.get_config` gives.
         weights: the state dict.
     """
-    facts = {key: value for key, value in config.items() if key != "policy"}
+    facts = {key: value for key, value in config.items() if key not in ("policy", "class_names")}
     facts["exits"] = [f"{spec['head']} after block {spec['layer']}" for spec in config["exits"]]
     if facts["backbone"] is not None:
         arguments = facts["backbone"]["args"].items()
