@@ -129,6 +129,8 @@ def _load_library(name: str) -> bool:
 def _cuda_problem(index: int | None) -> str | None:
     if _facts is None or _facts.cuda is None:
         return f"the extension was built without CUDA; {HOW_TO_BUILD}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability(index)
     for arch in _facts.cuda_archs:
         number, _, ptx = arch.partition("+")
