@@ -334,7 +334,11 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
 
 def class_names(dataset: Any) -> list[str]:
     """Names of the classes in the order of their numbers; empty where the dataset has none."""
-    mapping = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None) or {}
+    reader = getattr(dataset, "reader", dataset)
+    # timm's tar reader has a name of its own for it
+    mapping = (
+        getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+    )
     return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]
 
 
