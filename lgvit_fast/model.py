@@ -17,6 +17,7 @@ from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
 from lgvit_fast.pretrained import PretrainedMixin, describe_backbone
+from lgvit_fast.segments import cut
 
 __all__ = ["LGViT", "create_model"]
 
@@ -85,6 +86,8 @@ class LGViT(PretrainedMixin, nn.Module):
             )
             for spec in self.exits
         )
+        layers = tuple(spec.layer for spec in self.exits)
+        self.segments = cut(self.adapter, layers, tuple(self._heads))
         parameter = next(timm_model.parameters())
         self.exit_heads.to(parameter.device, parameter.dtype)
         self._policy: Policy = Confidence()
@@ -159,39 +162,40 @@ class LGViT(PretrainedMixin, nn.Module):
             ValueError: images of another shape, size, dtype or device than the model wants, or a
                 policy for another number of exits.
         """
-        if self.training:
-            raise RuntimeError("infer needs eval mode: call model.eval() first")
-        policy = self._policy if policy is None else self._fitting(policy)
-        self.adapter.check_images(images)
-        size = (images.shape[2], images.shape[3])
-        answer = self._blank_answer(images)
-        if not len(images):
+        policy = self.admit(images, policy)
+        batch, size = len(images), (images.shape[2], images.shape[3])
+        answer = Inference.blank(batch, self.num_classes, self.compute_dtype, images.device)
+        if not batch:
             return answer
         self.prepare()
 
         tokens = self.adapter.embed(images)
-        alive = torch.arange(len(images), device=images.device)
-        state = policy.start(len(images), images.device)
-        start = 0
-        for index, (spec, head) in enumerate(zip(self.exits, self._heads, strict=True)):
-            tokens = self.adapter.blocks(tokens, start, spec.layer)
-            grid = self.adapter.patch_grid(size, spec.layer)
-            step = head.step(tokens, grid, policy.rule(index), state)
-            self._record(answer, alive, index, step.logits, step.valid)
-            keep = ~policy.decide(step.leave, state, index)
+        alive = torch.arange(batch, device=images.device)
+        state = policy.start(batch, images.device)
+        for segment in self.segments:
+            grid = self.adapter.patch_grid(size, segment.stop)
+            tokens, step = segment(tokens, state, grid, segment.rule(policy))
+            answer.record(alive, segment.index, segment.stop, step)
+            if segment.is_last:
+                break
+            keep = ~policy.decide(step.leave, state, segment.index)
             count = compact_(tokens, keep, alive, state)
-            if count == 0:
-                return answer
+            if not count:
+                break
             tokens, alive, state = tokens[:count], alive[:count], state[:count]
-            start = spec.layer
-        final = self.adapter.classify(self.adapter.blocks(tokens, start, self.num_blocks))
-        self._record(answer, alive, len(self.exits), final, ~final.logsumexp(-1).isnan())
         return answer
+
+    def admit(self, images: Tensor, policy: Policy | None = None) -> Policy:
+        """The policy to answer `images` under; raises what `infer` raises if it could not."""
+        if self.training:
+            raise RuntimeError("infer needs eval mode: call model.eval() first")
+        self.adapter.check_images(images)
+        return self._policy if policy is None else self._fitting(policy)
 
     def prepare(self) -> None:
         """Fold the heads' weights for inference, where they changed. `infer` does it by itself."""
         for head in self._heads:
-            head.prepare(self._compute_dtype())
+            head.prepare(self.compute_dtype)
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         """Keep the backbone as it is: eval mode whatever `train` says, and no gradients (stage 2)."""
@@ -228,6 +232,14 @@ class LGViT(PretrainedMixin, nn.Module):
     default_cfg = pretrained_cfg
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of logits: autocast's where it is on, else the heads' own."""
+        parameter = next(self.exit_heads.parameters())
+        if torch.is_autocast_enabled(parameter.device.type):
+            return torch.get_autocast_dtype(parameter.device.type)
+        return parameter.dtype
+
+    @property
     def _heads(self) -> list[ExitHead]:
         return cast(list[ExitHead], list(self.exit_heads))
 
@@ -238,31 +250,6 @@ class LGViT(PretrainedMixin, nn.Module):
             )
         policy.check(len(self.exits))
         return policy
-
-    def _compute_dtype(self) -> torch.dtype:
-        parameter = next(self.exit_heads.parameters())
-        if torch.is_autocast_enabled(parameter.device.type):
-            return torch.get_autocast_dtype(parameter.device.type)
-        return parameter.dtype
-
-    def _blank_answer(self, images: Tensor) -> Inference:
-        batch = len(images)
-        return Inference(
-            logits=images.new_zeros(batch, self.num_classes, dtype=self._compute_dtype()),
-            exit_index=images.new_zeros(batch, dtype=torch.int64),
-            exit_layer=images.new_zeros(batch, dtype=torch.int64),
-            nonfinite=images.new_zeros(batch, dtype=torch.bool),
-        )
-
-    def _record(
-        self, answer: Inference, alive: Tensor, index: int, logits: Tensor, valid: Tensor
-    ) -> None:
-        """Write this exit's word for all who got here; who goes on is overwritten further down."""
-        layer = self.exits[index].layer if index < len(self.exits) else self.num_blocks
-        answer.logits.index_copy_(0, alive, logits.to(answer.logits.dtype))
-        answer.exit_index.index_fill_(0, alive, index)
-        answer.exit_layer.index_fill_(0, alive, layer)
-        answer.nonfinite.index_copy_(0, alive, answer.nonfinite[alive] | ~valid)
 
 
 def create_model(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lgvit_fast.ops.exit_step import ExitStep
+
 __all__ = ["ExitOutputs", "Inference"]
 
 
@@ -45,6 +47,32 @@ class Inference:
     exit_index: Tensor
     exit_layer: Tensor
     nonfinite: Tensor
+
+    @classmethod
+    def blank(
+        cls, batch: int, num_classes: int, dtype: torch.dtype, device: torch.device
+    ) -> Inference:
+        """Zeros, to be filled by `record`."""
+        return cls(
+            logits=torch.zeros(batch, num_classes, dtype=dtype, device=device),
+            exit_index=torch.zeros(batch, dtype=torch.int64, device=device),
+            exit_layer=torch.zeros(batch, dtype=torch.int64, device=device),
+            nonfinite=torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+    def record(self, rows: Tensor, index: int, layer: int, step: ExitStep) -> None:
+        """Write an exit's word for all who reached it; for those who go on it is overwritten later.
+
+        Args:
+            rows: `[n]` int64, the place here of each image in `step`.
+            index: the exit, from 0.
+            layer: the block before it, from 1.
+            step: what the exit said.
+        """
+        self.logits.index_copy_(0, rows, step.logits.to(self.logits.dtype))
+        self.exit_index.index_fill_(0, rows, index)
+        self.exit_layer.index_fill_(0, rows, layer)
+        self.nonfinite.index_copy_(0, rows, self.nonfinite[rows] | ~step.valid)
 
     @property
     def prediction(self) -> Tensor:

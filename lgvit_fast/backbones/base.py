@@ -59,6 +59,10 @@ class Backbone(ABC):
     def classify(self, tokens: Tensor) -> Tensor:
         """Final norm, pooling and the model's own classifier: `[B, P + N, C]` to `[B, K]`."""
 
+    @abstractmethod
+    def parts(self, start: int, stop: int) -> nn.ModuleList:
+        """The modules that `blocks(_, start, stop)` runs, and `classify` where `stop` is the end."""
+
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless `images` fits: dimensions, channels, size, dtype and device."""
         if not isinstance(images, Tensor):

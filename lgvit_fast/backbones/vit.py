@@ -84,3 +84,10 @@ class ViTBackbone(Backbone):
         logits = self.model.forward_head(self.model.norm(tokens))
         # In its own training mode a distilled DeiT gives the votes of both classifiers.
         return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
+
+    def parts(self, start: int, stop: int) -> nn.ModuleList:
+        modules = [*self.model.blocks[start:stop]]
+        if stop == self.num_blocks:
+            outside = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks")
+            modules += [m for name, m in self.model.named_children() if name not in outside]
+        return nn.ModuleList(modules)

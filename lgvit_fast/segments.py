@@ -1,0 +1,83 @@
+"""The model cut at its exits: some blocks, then the exit behind them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lgvit_fast.backbones import Backbone
+from lgvit_fast.heads import ExitHead
+from lgvit_fast.ops.exit_step import ExitRule, ExitStep, RuleKind
+from lgvit_fast.policies import Policy
+
+__all__ = ["Segment", "cut"]
+
+_NEVER = ExitRule(RuleKind.NEVER)
+
+
+class Segment(nn.Module):
+    """Blocks `start + 1` to `stop` and what follows: an exit head, or the model's own classifier.
+
+    Callable, compilable and exportable on its own; shares its weights with the model.
+
+    Args:
+        adapter: the backbone.
+        index: the exit's number from 0; E for the last segment.
+        start: blocks already run.
+        stop: the block it ends with, counted from 1: its exit's layer.
+        head: None for the last segment.
+    """
+
+    def __init__(
+        self, adapter: Backbone, index: int, start: int, stop: int, head: ExitHead | None
+    ) -> None:
+        super().__init__()
+        self.adapter, self.index, self.start, self.stop = adapter, index, start, stop
+        self.parts = adapter.parts(start, stop)  # where `parameters` and `torch.export` find them
+        self.head = head
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends with the model's own classifier, where nobody goes on."""
+        return self.head is None
+
+    def rule(self, policy: Policy) -> ExitRule:
+        """The rule a policy has for this segment's exit; the final classifier asks none."""
+        return _NEVER if self.head is None else policy.rule(self.index)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Tensor,
+        patch_grid: tuple[int, int],
+        rule: ExitRule = _NEVER,
+    ) -> tuple[Tensor, ExitStep]:
+        """Tokens `[B, P + N, C]` after block `start` to those after `stop`, and the exit's word.
+
+        A head must have been prepared since its parameters last changed (`LGViT.prepare`).
+
+        Args:
+            tokens: not changed.
+            state: `[B, 2]` int32 policy state, updated in place.
+            patch_grid: `(H, W)` after block `stop`.
+            rule: who leaves here; see `rule`.
+        """
+        tokens = self.adapter.blocks(tokens, self.start, self.stop)
+        if self.head is not None:
+            return tokens, self.head.step(tokens, patch_grid, rule, state)
+        logits = self.adapter.classify(tokens)
+        valid = ~logits.logsumexp(-1).isnan()
+        return tokens, ExitStep(logits, torch.ones_like(valid), valid)
+
+
+def cut(
+    adapter: Backbone, layers: tuple[int, ...], heads: tuple[ExitHead, ...]
+) -> tuple[Segment, ...]:
+    """All segments of a model whose `heads` sit behind the blocks `layers` (from 1), E + 1 of them."""
+    stops = (*layers, adapter.num_blocks)
+    return tuple(
+        Segment(adapter, index, start, stop, head)
+        for index, (start, stop, head) in enumerate(
+            zip((0, *layers), stops, (*heads, None), strict=True)
+        )
+    )
