@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class RunLog:
         exits = " ".join(f"{accuracy:.3f}" for accuracy in values["exit_accuracy"])
         line = f"epoch {values['epoch']}: final {values['final_accuracy']:.4f}, exits {exits}"
         if not self._bar.disable:
-            self._bar.write(f"{self._bar.desc} {line}")
+            self._bar.write(f"{self._bar.desc} {line}", file=sys.stderr)
         self.restart_clock()
 
     def restart_clock(self) -> None:

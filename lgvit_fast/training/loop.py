@@ -510,6 +510,8 @@ class _StageRun:
         Raises:
             ValueError: if it belongs to another model, config, data set size or number of processes.
         """
+        for left_by_a_kill in self.folder.glob(f".{CHECKPOINT}.*"):
+            left_by_a_kill.unlink()
         checkpoint = Checkpoint.load(self.path)
         found = differences(checkpoint.facts, self.facts())
         if found:
