@@ -40,14 +40,15 @@ def load_pooled(token, mask, high, wide, stride_y, stride_x, R: tl.constexpr):
     a matter of where `token` points.
     """
     if R == 1:
-        return tl.load(token, mask=mask, other=0.0)
+        tile = tl.load(token, mask=mask, other=0.0)
     else:
         total = tl.zeros(token.shape, dtype=tl.float32)
         for i in tl.static_range(R * R):
             inside = (i // R < high) & (i % R < wide)
             here = token + ((i // R) * stride_y + (i % R) * stride_x)
             total += tl.load(here, mask=mask & inside[:, None], other=0.0).to(tl.float32)
-        return (total / (high * wide).to(tl.float32)[:, None]).to(token.dtype.element_ty)
+        tile = (total / (high * wide).to(tl.float32)[:, None]).to(token.dtype.element_ty)
+    return tile
 
 
 @triton.jit
@@ -70,7 +71,8 @@ def project_tile(
 ):
     """A [BLOCK_M, BLOCK_N] tile of `pool(tokens) @ weight.T`, accumulated in float32."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, C, BLOCK_K):
+    # Averaging loads R * R tiles a step: too many to hold in stages.
+    for start in tl.range(0, C, BLOCK_K, num_stages=1 if R > 1 else None):
         k = start + tl.arange(0, BLOCK_K)
         # Whole tiles are the rule: then the channel masks fold away.
         inside = k < C if C % BLOCK_K else k >= 0

@@ -1,0 +1,298 @@
+"""Global aggregation head, pooled: two launches from tokens to `[B, 1, C]`.
+
+The first projects the pooled tokens to queries and keys, `[B, n, 2C]`. The second takes, for each
+image and head, the attention matrix averaged over its queries (one row of n weights), the weighted
+mean of the pooled tokens, and only then the value projection: one vector an image and head instead
+of n. Pooling, subsampled or averaged, happens where tokens are loaded; the pooled grid is not stored.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lgvit_fast.kernels.common import (
+    autotune,
+    check_tokens,
+    check_weight,
+    dot,
+    load_pooled,
+    on_device,
+    project_tile,
+    projection_configs,
+    projection_rows,
+    projection_shared,
+    require,
+)
+
+__all__ = ["gah_pool"]
+
+
+@autotune(
+    projection_configs(),
+    key=["C", "BLOCK_M", "R", "AVERAGE", "PRECISION"],
+    shared=projection_shared,
+)
+@triton.jit
+def gah_project_kernel(
+    x,  # tokens of the first image's first patch; image, token and channel strides follow
+    weight,  # [3C, C] contiguous; rows of q, then of k, are read
+    qk,  # [B, n, 2C] contiguous
+    rows,  # B * n
+    H,
+    W,
+    stride_b,
+    stride_t,
+    stride_c,
+    C: tl.constexpr,
+    R: tl.constexpr,  # pooling stride
+    AVERAGE: tl.constexpr,  # else subsample
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_M pooled tokens, across image borders, by BLOCK_N columns of q and k."""
+    column_tiles: tl.constexpr = (2 * C + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = (tl.program_id(0) % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = row < rows
+    col_mask = col < 2 * C
+    wide = tl.cdiv(W, R)
+    n = tl.cdiv(H, R) * wide
+    y = row % n // wide * R
+    x0 = row % n % wide * R
+    token = x + (row // n).to(tl.int64) * stride_b + (y * W + x0).to(tl.int64) * stride_t
+    acc = project_tile(
+        token, row_mask, tl.minimum(H - y, R), tl.minimum(W - x0, R),
+        W * stride_t, stride_t, stride_c, weight + col.to(tl.int64) * C, col_mask,
+        C, R if AVERAGE else 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    place = qk + row.to(tl.int64)[:, None] * (2 * C) + col[None, :]
+    tl.store(place, acc.to(qk.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+
+
+@triton.jit
+def scores(
+    qk,  # the head's first query channel of the image's first pooled token
+    i,  # [BLOCK_Q] queries
+    j,  # [BLOCK_Q] keys
+    n,
+    scale,
+    C: tl.constexpr,
+    D: tl.constexpr,  # head width
+    BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of queries i against keys j in log2 units, -inf beyond the n keys.
+
+    The head width is walked in steps of 32: 96 is three steps, not a tile padded to 128.
+    """
+    s = tl.zeros((BLOCK_Q, BLOCK_Q), dtype=tl.float32)
+    for start in range(0, D, 32):
+        d = start + tl.arange(0, 32)
+        inside = d < D if D % 32 else d >= 0
+        q = qk + i[:, None] * (2 * C) + d[None, :]
+        k = qk + C + j[None, :] * (2 * C) + d[:, None]
+        q = tl.load(q, mask=(i < n)[:, None] & inside[None, :], other=0.0)
+        k = tl.load(k, mask=(j < n)[None, :] & inside[:, None], other=0.0)
+        s = dot(q, k, s, PRECISION)
+    return tl.where((j < n)[None, :], s * scale, float("-inf"))
+
+
+@triton.jit
+def row_softmax(s):
+    """Softmax of rows of scores in log2 units."""
+    p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+    return p / tl.sum(p, axis=1)[:, None]
+
+
+@autotune(
+    [
+        # ptxas would rather spill than run fewer programs at a time, unless told how far it may go.
+        triton.Config({"BLOCK_C": c}, num_warps=warps, num_stages=2, maxnreg=255)
+        for c, warps in ((64, 8), (64, 4), (128, 4))
+    ],
+    key=["C", "BLOCK_Q", "IMAGES", "R", "AVERAGE", "PRECISION"],
+)
+@triton.jit
+def gah_pool_kernel(
+    x,  # tokens of the first image's first patch; image, token and channel strides follow
+    qk,  # [B, n, 2C] contiguous, from gah_project_kernel
+    weight,  # [C, C] contiguous: the value rows of the qkv matrix
+    column,  # [B, heads, n] float32 scratch: the attention's column means
+    level,  # [B, heads, n] float32 scratch: log2 of each row's sum of exponentials
+    gathered,  # [B, heads, C] scratch in the tokens' dtype: weighted means of the pooled tokens
+    pooled,  # [B, 1, C] contiguous float32
+    B,
+    H,
+    W,
+    scale,  # log2(e) / sqrt(C / heads)
+    stride_b,
+    stride_t,
+    stride_c,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr,  # images a program owns, at most 16: they share one read of the weight
+    BLOCK_Q: tl.constexpr,  # tile of queries and of keys
+    ONE_TILE: tl.constexpr,  # n <= BLOCK_Q
+    BLOCK_D: tl.constexpr,  # head width, padded
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns IMAGES images by one head.
+
+    All its scratch is its own. What one thread stores there another loads, so barriers stand between:
+    they order a program's own accesses to memory.
+    """
+    D: tl.constexpr = C // HEADS
+    window: tl.constexpr = R if AVERAGE else 1
+    head = tl.program_id(0) % HEADS
+    first = tl.program_id(0) // HEADS * IMAGES
+    wide = tl.cdiv(W, R)
+    n = tl.cdiv(H, R) * wide
+
+    for i in range(first, tl.minimum(first + IMAGES, B)):
+        image = tl.zeros((), dtype=tl.int64) + i
+        mine = qk + image * n * (2 * C) + head * D
+        row = (image * HEADS + head) * n
+        if ONE_TILE:
+            j = tl.arange(0, BLOCK_Q)
+            p = row_softmax(scores(mine, j, j, n, scale, C, D, BLOCK_Q, PRECISION))
+            p = tl.where((j < n)[:, None], p, 0.0)
+            tl.store(column + row + j, tl.sum(p, axis=0) / n, mask=j < n)
+        else:
+            for start in range(0, n, BLOCK_Q):
+                q = start + tl.arange(0, BLOCK_Q)
+                top = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
+                total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+                for other in range(0, n, BLOCK_Q):
+                    j = other + tl.arange(0, BLOCK_Q)
+                    s = scores(mine, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
+                    higher = tl.maximum(top, tl.max(s, axis=1))
+                    total = total * tl.exp2(top - higher)
+                    total += tl.sum(tl.exp2(s - higher[:, None]), axis=1)
+                    top = higher
+                tl.store(level + row + q, top + tl.log2(total), mask=q < n)
+            tl.debug_barrier()
+            for start in range(0, n, BLOCK_Q):
+                j = start + tl.arange(0, BLOCK_Q)
+                mean = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+                for other in range(0, n, BLOCK_Q):
+                    q = other + tl.arange(0, BLOCK_Q)
+                    s = scores(mine, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
+                    # Queries beyond n get an infinite level, hence no weight.
+                    sums = tl.load(level + row + q, mask=q < n, other=float("inf"))
+                    mean += tl.sum(tl.exp2(s - sums[:, None]), axis=0)
+                tl.store(column + row + j, mean / n, mask=j < n)
+        tl.debug_barrier()
+
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            z = tl.zeros((BLOCK_C,), dtype=tl.float32)
+            for other in range(0, n, BLOCK_Q):
+                j = other + tl.arange(0, BLOCK_Q)
+                y = j // wide * R
+                x0 = j % wide * R
+                token = x + image * stride_b + (y * W + x0).to(tl.int64) * stride_t
+                s = load_pooled(
+                    token[:, None] + c[None, :] * stride_c, (j < n)[:, None] & (c < C)[None, :],
+                    tl.minimum(H - y, R), tl.minimum(W - x0, R), W * stride_t, stride_t, window,
+                )  # fmt: skip
+                a = tl.load(column + row + j, mask=j < n, other=0.0)
+                # Tiles past the grid have empty windows, 0 / 0 when averaged: not to be summed.
+                s = tl.where((j < n)[:, None], s.to(tl.float32), 0.0)
+                z += tl.sum(a[:, None] * s, axis=0)
+            place = gathered + (image * HEADS + head) * C + c
+            tl.store(place, z.to(gathered.dtype.element_ty), mask=c < C)
+    tl.debug_barrier()
+
+    m = tl.arange(0, 16)
+    d = tl.arange(0, BLOCK_D)
+    image = (first + m).to(tl.int64)
+    mask = (m < IMAGES) & (image < B)
+    token = gathered + (image * HEADS + head) * C
+    acc = project_tile(
+        token, mask, 1, 1, 0, 0, 1, weight + (head * D + d) * C, d < D,
+        C, 1, 16, BLOCK_D, BLOCK_C, PRECISION,
+    )  # fmt: skip
+    place = pooled + image[:, None] * C + head * D + d[None, :]
+    tl.store(place, acc, mask=mask[:, None] & (d < D)[None, :])
+
+
+def gah_pool(
+    tokens: Tensor,
+    patch_grid: tuple[int, int],
+    num_prefix_tokens: int,
+    qkv_weight: Tensor,
+    num_heads: int,
+    stride: int,
+    pool: str,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """Query-averaged attention output, see `lgvit_fast.ops.gah.gah_pool`.
+
+    Args:
+        tokens: `[B, P + N, C]`, any strides; float32, bfloat16 or float16.
+        patch_grid: `(H, W)` with `H * W == N`.
+        num_prefix_tokens: P.
+        qkv_weight: `[3C, C]`, the tokens' dtype.
+        num_heads: heads, a divisor of C; at most 256 channels each.
+        stride: r >= 1.
+        pool: "subsample" or "average".
+        precision: "ieee", "tf32" or "tf32x3", for float32 products.
+
+    Returns:
+        `[B, 1, C]` float32.
+
+    Raises:
+        ValueError: an argument does not fit, before anything is launched.
+    """
+    check_tokens(tokens, patch_grid, num_prefix_tokens)
+    batch, _, width = tokens.shape
+    height, wide = patch_grid
+    require(
+        num_heads > 0 and width % num_heads == 0 and width // num_heads <= 256,
+        f"num_heads is {num_heads}, expected a divisor of {width} into at most 256 channels",
+    )
+    require(stride > 0, f"stride is {stride}, expected at least 1")
+    require(pool in ("subsample", "average"), f"pool is {pool!r}, expected subsample or average")
+    qkv_weight = check_weight("qkv_weight", qkv_weight, (3 * width, width), tokens)
+    require(
+        qkv_weight.dtype == tokens.dtype,
+        f"qkv_weight is {qkv_weight.dtype}, tokens are {tokens.dtype}",
+    )
+    pooled = tokens.new_empty((batch, 1, width), dtype=torch.float32)
+    if pooled.numel() == 0:
+        return pooled
+    count = triton.cdiv(height, stride) * triton.cdiv(wide, stride)
+    rows = batch * count
+    qk = tokens.new_empty((batch, count, 2 * width))
+    column, level = tokens.new_empty((2, batch, num_heads, count), dtype=torch.float32)
+    gathered = tokens.new_empty((batch, num_heads, width))
+    patches = tokens[:, num_prefix_tokens:]
+    average = pool == "average" and stride > 1
+    block_m = projection_rows(rows, 2 * width)
+    block_q = min(64, max(16, triton.next_power_of_2(count)))
+    images = 1 if batch <= 16 else 4 if batch <= 64 else 8
+    head_dim = width // num_heads
+
+    def projection_grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(rows, block_m) * triton.cdiv(2 * width, meta["BLOCK_N"]),)
+
+    with on_device(tokens):
+        gah_project_kernel[projection_grid](
+            patches, qkv_weight, qk, rows, height, wide, *patches.stride(),
+            C=width, R=stride, AVERAGE=average, PRECISION=precision, BLOCK_M=block_m,
+        )  # fmt: skip
+        gah_pool_kernel[(triton.cdiv(batch, images) * num_heads,)](
+            patches, qk, qkv_weight[2 * width :], column, level, gathered, pooled,
+            batch, height, wide, head_dim**-0.5 * 1.4426950408889634, *patches.stride(),
+            C=width, HEADS=num_heads, R=stride, AVERAGE=average, PRECISION=precision,
+            IMAGES=images, BLOCK_Q=block_q, ONE_TILE=count <= block_q,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        )  # fmt: skip
+    return pooled

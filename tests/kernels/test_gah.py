@@ -1,0 +1,139 @@
+"""The global head's kernels against the reference in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgvit_fast.ops.gah import gah_pool, gah_pool_reference
+
+ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def make(
+    batch: int, grid: tuple[int, int], prefix: int, width: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(batch, prefix + grid[0] * grid[1], width, generator=g).to(dtype)
+    weight = (1.5 * torch.randn(3 * width, width, generator=g) / width**0.5).to(dtype)
+    return tokens, weight
+
+
+def check(tokens: Tensor, grid: tuple[int, int], prefix: int, weight: Tensor, *how: Any) -> None:
+    expected = gah_pool_reference(tokens.double(), grid, prefix, weight.double(), *how)
+    pooled = gah_pool(tokens, grid, prefix, weight, *how, backend="triton")
+    assert pooled.shape == expected.shape and pooled.dtype == torch.float32
+    assert (pooled - expected).norm() <= ERROR[tokens.dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("pool", ["subsample", "average"])
+@pytest.mark.parametrize(
+    ("batch", "grid", "prefix", "width", "heads", "stride"),
+    [
+        (3, (1, 1), 0, 64, 2, 2),
+        (2, (7, 7), 1, 192, 8, 1),
+        (3, (13, 15), 2, 96, 4, 2),
+        (1, (14, 14), 1, 192, 2, 3),
+        (1, (5, 3), 0, 64, 1, 4),
+    ],
+    ids=["1 token", "7x7 by 1", "13x15 by 2", "14x14 by 3", "window wider than grid"],
+)
+def test_matches_reference(
+    batch: int, grid: tuple[int, int], prefix: int, width: int, heads: int, stride: int, pool: str
+) -> None:
+    tokens, weight = make(batch, grid, prefix, width)
+    check(tokens, grid, prefix, weight, heads, stride, pool)
+
+
+@pytest.mark.parametrize(
+    ("grid", "stride", "pool"),
+    [((9, 13), 1, "subsample"), ((24, 24), 2, "average"), ((24, 24), 1, "subsample")],
+    ids=["117 tokens", "144 averaged", "576 tokens"],
+)
+def test_more_tokens_than_a_tile(grid: tuple[int, int], stride: int, pool: str) -> None:
+    tokens, weight = make(1, grid, 1, 64)
+    check(tokens, grid, 1, weight, 2, stride, pool)
+
+
+def test_programs_that_share_images() -> None:
+    tokens, weight = make(19, (3, 3), 1, 64)
+    check(tokens, (3, 3), 1, weight, 2, 2, "subsample")
+
+
+@pytest.mark.parametrize("pool", ["subsample", "average"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(dtype: torch.dtype, pool: str) -> None:
+    tokens, weight = make(2, (7, 9), 1, 192, dtype)
+    check(tokens, (7, 9), 1, weight, 8, 2, pool)
+
+
+@pytest.mark.parametrize("pool", ["subsample", "average"])
+def test_strided_tokens(pool: str) -> None:
+    tokens, weight = make(6, (5, 4), 1, 128)
+    weight = weight[:192, :64]
+    check(tokens[::2, :, ::2], (5, 4), 1, weight, 4, 2, pool)
+    turned = tokens[..., :64].transpose(0, 1).contiguous().transpose(0, 1)
+    check(turned, (5, 4), 1, weight, 4, 2, pool)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    tokens, weight = make(1, (9, 9), 0, 64)
+    pooled = gah_pool(30 * tokens, (9, 9), 0, weight, 2, 1, backend="triton")
+    assert pooled.isfinite().all()
+
+
+def test_no_images() -> None:
+    tokens, weight = make(0, (4, 4), 1, 64)
+    assert gah_pool(tokens, (4, 4), 1, weight, backend="triton").shape == (0, 1, 64)
+
+
+def test_only_what_is_asked_for_is_read() -> None:
+    tokens, weight = make(2, (4, 4), 3, 64)
+    tokens[:, :3] = float("nan")
+    tokens[:, 3:].unflatten(1, (4, 4))[:, 1::2] = float("nan")  # rows that stride 2 leaves out
+    assert gah_pool(tokens, (4, 4), 3, weight, 8, 2, backend="triton").isfinite().all()
+
+
+def test_compiled_call_is_one_node() -> None:
+    tokens, weight = make(2, (3, 5), 1, 64)
+
+    def run(x: Tensor) -> Tensor:
+        return gah_pool(x * 1.0, (3, 5), 1, weight, backend="triton") + 1
+
+    compiled: Any = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), run(tokens))
+
+
+def test_operator_registration() -> None:
+    tokens, weight = make(2, (3, 5), 1, 64)
+    for x in (tokens, tokens.transpose(0, 1).clone().transpose(0, 1)):
+        arguments = (x, 3, 5, 1, weight, 4, 2, "subsample")
+        torch.library.opcheck(torch.ops.lgvit_fast.gah_pool_triton.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 7}, "num_heads is 7"),
+        ({"stride": 0}, "stride is 0"),
+        ({"pool": "max"}, "pool is 'max'"),
+        ({"qkv_weight": torch.zeros(64, 64)}, "qkv_weight has shape"),
+        ({"qkv_weight": torch.zeros(192, 64, dtype=torch.float16)}, "qkv_weight is torch.float16"),
+        ({"num_prefix_tokens": 2}, "rows an image"),
+    ],
+    ids=["heads", "stride", "pool", "shape", "dtype", "grid"],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    from lgvit_fast.kernels.gah import gah_pool as launch
+
+    tokens, weight = make(1, (4, 4), 1, 64)
+    arguments = {"patch_grid": (4, 4), "num_prefix_tokens": 1, "qkv_weight": weight, "num_heads": 8}
+    with pytest.raises(ValueError, match=message):
+        launch(tokens, **(arguments | {"stride": 2, "pool": "subsample"} | change))
+
+
+def test_refusals() -> None:
+    tokens, weight = make(1, (2, 2), 0, 512)
+    with pytest.raises(RuntimeError, match="at most 256 channels"):
+        gah_pool(tokens, (2, 2), 0, weight, 1, 1, backend="triton")
