@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgvit_fast.ops import _triton
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["ExitRule", "ExitStep", "RuleKind", "apply_rule", "exit_step", "exit_step_reference"]
@@ -93,7 +94,32 @@ def exit_step_reference(
     return ExitStep(logits, *apply_rule(rule, logits, state))
 
 
-_op = Op("exit_step", Backend("torch", exit_step_reference))
+def _exit_step_triton(
+    pooled: Tensor,
+    tokens: Tensor,
+    num_class_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+) -> ExitStep:
+    numbers = (int(rule.kind), float(rule.threshold), rule.patience)
+    return ExitStep(
+        *_triton.exit_step(pooled, tokens, num_class_tokens, weight, bias, *numbers, state)
+    )
+
+
+def _refuse_triton(
+    pooled: Tensor, tokens: Tensor, count: int, weight: Tensor, *args: object
+) -> str | None:
+    return _triton.refuse(pooled, tokens, weight)
+
+
+_op = Op(
+    "exit_step",
+    Backend("triton", _exit_step_triton, _triton.why_missing, _refuse_triton),
+    Backend("torch", exit_step_reference),
+)
 
 
 def exit_step(

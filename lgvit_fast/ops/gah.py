@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgvit_fast.ops import _triton
 from lgvit_fast.ops.checks import check_tokens
 from lgvit_fast.ops.dispatch import Backend, Op
 
@@ -71,7 +72,33 @@ def gah_pool_reference(
     return context.reshape(batch, 1, width)
 
 
-_op = Op("gah_pool", Backend("torch", gah_pool_reference))
+def _gah_pool_triton(
+    tokens: Tensor,
+    patch_grid: tuple[int, int],
+    num_prefix_tokens: int,
+    qkv_weight: Tensor,
+    num_heads: int,
+    stride: int,
+    pool: str,
+) -> Tensor:
+    return _triton.gah_pool(
+        tokens, *patch_grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool
+    )
+
+
+def _refuse_triton(
+    tokens: Tensor, grid: object, prefix: int, weight: Tensor, num_heads: int, *args: object
+) -> str | None:
+    if tokens.shape[-1] > 256 * num_heads:
+        return "the kernel takes heads of at most 256 channels"
+    return _triton.refuse(tokens)
+
+
+_op = Op(
+    "gah_pool",
+    Backend("triton", _gah_pool_triton, _triton.why_missing, _refuse_triton),
+    Backend("torch", gah_pool_reference),
+)
 
 
 def gah_pool(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgvit_fast.ops import _triton
 from lgvit_fast.ops.checks import check_tokens
 from lgvit_fast.ops.dispatch import Backend, Op
 
@@ -72,7 +73,21 @@ def lph_pool_reference(
     return torch.stack(pooled, dim=1)
 
 
-_op = Op("lph_pool", Backend("torch", lph_pool_reference))
+def _lph_pool_triton(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Tensor:
+    return _triton.lph_pool(tokens, *patch_grid, num_prefix_tokens, *weights)
+
+
+def _refuse_triton(tokens: Tensor, *args: object) -> str | None:
+    return _triton.refuse(tokens)
+
+
+_op = Op(
+    "lph_pool",
+    Backend("triton", _lph_pool_triton, _triton.why_missing, _refuse_triton),
+    Backend("torch", lph_pool_reference),
+)
 
 
 def lph_pool(
