@@ -195,9 +195,9 @@ class Loader:
         self.source, self.batches = source, batches
         self._loader: DataLoader[Any] = DataLoader(
             source,  # type: ignore[arg-type]
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             # the loader draws its workers' base seed here, not from the global generator
@@ -281,7 +281,7 @@ def train_transform(config: TrainConfig, spec: InputSpec) -> Any:
         no_aug=not config.augment,
         scale=config.crop_scale,
         hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
+        color_jitter=config.color_jitter or None,  # type: ignore[arg-type]
         auto_augment=config.auto_augment,
         re_prob=config.random_erasing,
         interpolation=spec.interpolation,

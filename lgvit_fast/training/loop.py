@@ -274,9 +274,9 @@ class _StageRun:
             self.objective = Stage2(model, config.stage2, config.label_smoothing)
         model.train()
         if process.distributed:
-            # the alternating strategies leave the heads out of every other update
+            # the alternating strategies of stage 1 leave the heads out of every other update
             self.objective = nn.parallel.DistributedDataParallel(
-                self.objective, find_unused_parameters=True
+                self.objective, find_unused_parameters=name == "stage1"
             )
         pin = process.device.type == "cuda"
         batches = Batches(
@@ -305,7 +305,7 @@ class _StageRun:
             self.optimizer,
             self.stage.sched,
             num_epochs=self.stage.epochs,
-            warmup_epochs=self.stage.warmup_epochs,
+            warmup_epochs=self.stage.warmup_epochs,  # type: ignore[arg-type]
             warmup_lr=self.stage.warmup_lr,
             min_lr=self.stage.min_lr,
             step_on_epochs=False,
@@ -328,13 +328,13 @@ class _StageRun:
                 num_classes=model.num_classes,
             )
         self.progress = _Progress()
+        self.log: RunLog | None = None
 
     # ------------------------------------------------------------------------------ running
 
     def go(self) -> StageResult:
         """Train to the end from where the progress stands."""
         progress = self.progress
-        self.log: RunLog | None = None
         if self.process.primary:
             self.log = RunLog(
                 self.folder,
@@ -375,6 +375,7 @@ class _StageRun:
                 self._log_values(values)
             every = self.config.save_every
             if every and progress.update % every == 0 and not last:
+                self._check_finite(float(values["loss"]))
                 self._save()
 
     def _update(self, batches: Iterator[Batch], count: int) -> tuple[dict[str, Tensor], int]:
@@ -434,7 +435,7 @@ class _StageRun:
         return torch.autocast(self.process.device.type, dtype)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
-        return self.objective.no_sync() if self.process.distributed else nullcontext()  # type: ignore[operator,no-any-return]
+        return self.objective.no_sync() if self.process.distributed else nullcontext()  # type: ignore[operator]
 
     def _log_values(self, values: dict[str, Tensor]) -> None:
         if self.process.distributed:
@@ -476,7 +477,7 @@ class _StageRun:
                 progress.best_accuracy = [*accuracy.exits, accuracy.final]
                 model.save_pretrained(self.folder / BEST)
         if self.process.distributed:
-            shared = [progress.best, progress.best_epoch, progress.best_accuracy]
+            shared: list[Any] = [progress.best, progress.best_epoch, progress.best_accuracy]
             torch.distributed.broadcast_object_list(shared, src=0)
             progress.best, progress.best_epoch, progress.best_accuracy = shared
 
@@ -511,7 +512,7 @@ class _StageRun:
             ValueError: if it belongs to another model, config, data set size or number of processes.
         """
         for left_by_a_kill in self.folder.glob(f".{CHECKPOINT}.*"):
-            left_by_a_kill.unlink()
+            left_by_a_kill.unlink(missing_ok=True)
         checkpoint = Checkpoint.load(self.path)
         found = differences(checkpoint.facts, self.facts())
         if found:

@@ -103,10 +103,12 @@ class Stage2Losses:
 
     def total(self, alpha: float = 0.3, beta: float = 0.01, gamma: float = 0.01) -> Tensor:
         """`(1 - alpha) sum CE + alpha sum KD + beta hete + gamma (homo_local + homo_global)`."""
-        loss = (1 - alpha) * sum(self.ce, 0.0) + alpha * sum(self.kd, 0.0)
-        return (
-            loss + beta * sum(self.hete, 0.0) + gamma * sum(self.homo_local + self.homo_global, 0.0)
-        )
+
+        def total(terms: tuple[Tensor, ...]) -> Tensor:
+            return torch.stack(terms).sum() if terms else self.ce[0].new_zeros(())
+
+        features = beta * total(self.hete) + gamma * total(self.homo_local + self.homo_global)
+        return (1 - alpha) * total(self.ce) + alpha * total(self.kd) + features
 
 
 def stage2_losses(

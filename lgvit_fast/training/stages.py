@@ -65,7 +65,8 @@ class Stage2(nn.Module):
         self.model, self.config, self.label_smoothing = model, config, label_smoothing
         self._raw_tokens: Tensor | None = None
         if config.published:
-            model.backbone.norm.register_forward_pre_hook(self._keep_raw_tokens)
+            backbone: Any = model.backbone
+            backbone.norm.register_forward_pre_hook(self._keep_raw_tokens)
 
     def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
         """Loss of images `[B, C, H, W]`, and its parts (each summed over exits or pairs)."""
@@ -79,6 +80,7 @@ class Stage2(nn.Module):
     def losses(self, images: Tensor, targets: Tensor) -> Stage2Losses:
         """Every term of the loss, not yet weighted."""
         outputs = self.model.forward_exits(images, features=True)
+        assert outputs.features is not None and outputs.last_tokens is not None  # asked for
         return stage2_losses(
             outputs.exits,
             outputs.features,
@@ -96,7 +98,8 @@ class Stage2(nn.Module):
     def _published_teacher(self) -> Tensor:
         """The published code's teacher: the classifier on raw last tokens, without the final norm."""
         assert self._raw_tokens is not None
-        logits: Tensor = self.model.backbone.forward_head(self._raw_tokens)
+        backbone: Any = self.model.backbone
+        logits: Tensor = backbone.forward_head(self._raw_tokens)
         return logits
 
     def _keep_raw_tokens(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
