@@ -176,15 +176,16 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
     return modules, {"build_ext": Build}
 
 
-ext_modules, cmdclass = extensions(build_mode())
-setup(
-    packages=[
-        *find_packages(include=["lgvit_fast", "lgvit_fast.*"]),
-        "lgvit_fast.kernels",
-        *(f"lgvit_fast.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"lgvit_fast.kernels": "kernels"},
-    package_data={"lgvit_fast": ["py.typed"]},
-    ext_modules=ext_modules,
-    cmdclass=cmdclass,
-)
+if __name__ == "__main__":
+    ext_modules, cmdclass = extensions(build_mode())
+    setup(
+        packages=[
+            *find_packages(include=["lgvit_fast", "lgvit_fast.*"]),
+            "lgvit_fast.kernels",
+            *(f"lgvit_fast.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"lgvit_fast.kernels": "kernels"},
+        package_data={"lgvit_fast": ["py.typed"]},
+        ext_modules=ext_modules,
+        cmdclass=cmdclass,
+    )
