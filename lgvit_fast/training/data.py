@@ -320,6 +320,8 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
         raise ValueError(f"dataset is {dataset!r}, a stream; its order cannot be resumed exactly")
     try:
         opened = timm.data.create_dataset(dataset, root=data, split=split, download=download)
+    except ImportError as error:
+        raise ImportError(f"{dataset!r} needs a package that is not installed: {error}") from error
     except (RuntimeError, AssertionError, OSError) as error:
         if not dataset:
             raise ValueError(f"no images in class folders in {data!r}: {error}") from error

@@ -1,5 +1,6 @@
 """Sources of images: order, augmentation, splits, and what happens to files that are no images."""
 
+import sys
 import tarfile
 
 import numpy as np
@@ -150,6 +151,25 @@ def test_wrong_places_get_a_plain_message(folder, tmp_path):
         open_dataset(str(tmp_path), "torch/cifar10")
     with pytest.raises(ValueError, match="cannot be resumed exactly"):
         open_dataset(str(tmp_path), "wds/anything")
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
+    with pytest.raises(ImportError, match=r"'hfds/mnist' needs a package .*datasets"):
+        open_dataset(str(tmp_path), "hfds/mnist")
+
+
+def test_torchvision_datasets(folder):
+    (folder / "dog" / "1.png").write_bytes(b"not an image")
+    config = TrainConfig(data=str(folder), dataset="torch/image_folder", num_classes=3)
+    data = Data.open(config)
+    assert data.class_names == list(CLASSES)
+    train, val = data.sources(SPEC)
+    assert len(train) == len(val) == 12
+    batch = val.__getitems__([(0, position) for position in range(12)])
+    assert len(batch.images) == 11
+    assert [image.name for image in batch.bad] == [str(folder / "dog" / "1.png")]
 
 
 def test_classes_of_both_parts_must_agree(folder, tmp_path):
