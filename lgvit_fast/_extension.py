@@ -87,20 +87,22 @@ def _mismatch(built: BuildFacts, running: str, running_cuda: str | None) -> str 
     return None
 
 
-def _load(built: BuildFacts | None) -> str | None:
-    """Loads the operators; returns why it could not."""
+def _load(built: BuildFacts | None) -> tuple[str | None, str | None]:
+    """Loads the libraries; returns why there are no operators at all, and why none for the CPU."""
     if built is None:
-        return f"the extension is not built; {HOW_TO_BUILD}"
+        reason = f"the extension is not built; {HOW_TO_BUILD}"
+        return reason, reason
     problem = _mismatch(built, torch.__version__, torch.version.cuda)
     if problem is None:
         try:
-            _load_library("_C")
+            if _load_library("_C"):
+                return None, _load_cpu()
+            problem = "the extension is incomplete"
         except OSError as error:
             problem = f"the extension does not load: {error}"
-    if problem is not None:
-        problem = f"{problem}; {HOW_TO_BUILD}"
-        warnings.warn(f"lgvit_fast runs on plain torch: {problem}", RuntimeWarning, stacklevel=2)
-    return problem
+    problem = f"{problem}; {HOW_TO_BUILD}"
+    warnings.warn(f"lgvit_fast runs on plain torch: {problem}", RuntimeWarning, stacklevel=2)
+    return problem, problem
 
 
 def _load_cpu() -> str | None:
@@ -140,7 +142,9 @@ def _cuda_problem(index: int | None) -> str | None:
         if number[-1] in "af":
             fits = built == (major, minor)
         else:
-            fits = (built[0] == major and built[1] <= minor) or (ptx and built <= (major, minor))
+            fits = (built[0] == major and built[1] <= minor) or (
+                ptx == "PTX" and built <= (major, minor)
+            )
         if fits:
             return None
     return (
@@ -150,6 +154,5 @@ def _cuda_problem(index: int | None) -> str | None:
 
 
 _facts = _read_facts()
-_problem = _load(_facts)
-_cpu_problem = _problem or _load_cpu()
+_problem, _cpu_problem = _load(_facts)
 _cuda_problems: dict[int | None, str | None] = {}

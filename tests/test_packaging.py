@@ -126,6 +126,50 @@ def test_extension_of_another_torch_warns_once_and_falls_back():
     assert "the extension was built for torch 2.3.0" in done.stdout
 
 
+@pytest.mark.parametrize("library", ["_C", "_cpu"])
+def test_library_that_does_not_load_warns_and_falls_back(monkeypatch, library):
+    def load(name):
+        if name.startswith(library):
+            raise OSError("undefined symbol")
+        return True
+
+    monkeypatch.setattr(_extension, "_load_library", load)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    facts = BuildFacts(torch.__version__, torch.version.cuda, (), "gcc", True, "")
+    with pytest.warns(RuntimeWarning, match="runs on plain torch: .* undefined symbol"):
+        problem, cpu_problem = _extension._load(facts)
+    assert problem == cpu_problem
+    assert "does not load" in problem
+
+
+@pytest.mark.parametrize(
+    ("capability", "libraries", "loaded"),
+    [
+        ("AVX512", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C", "_cpu_avx512"]),
+        ("AVX512", ["_C", "_cpu_avx2"], ["_C", "_cpu_avx2"]),
+        ("AVX2", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C", "_cpu_avx2"]),
+        ("DEFAULT", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C"]),
+    ],
+    ids=["avx512", "no avx512 library", "avx2", "old processor"],
+)
+def test_one_cpu_library_is_loaded(monkeypatch, capability, libraries, loaded):
+    done = []
+
+    def load(name):
+        if name in libraries:
+            done.append(name)
+        return name in libraries
+
+    monkeypatch.setattr(_extension, "_load_library", load)
+    monkeypatch.setattr(_extension.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    facts = BuildFacts(torch.__version__, torch.version.cuda, (), "gcc", True, "")
+    problem, cpu_problem = _extension._load(facts)
+    assert done == loaded
+    assert problem is None
+    assert (cpu_problem is None) == (len(loaded) == 2)
+
+
 @pytest.fixture(scope="module")
 def setup_script():
     """The functions of setup.py, without building anything."""

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from lgvit_fast import _extension
 from lgvit_fast.ops import backend, dispatch
 from lgvit_fast.ops.dispatch import Backend, Op
 
@@ -160,10 +161,18 @@ def test_compiles_without_graph_break_and_follows_the_choice(op):
     assert compiled(ZERO) == 10
 
 
+def test_the_extension_answers_inside_a_compiled_graph():
+    def answer(x):
+        return x + (10 if _extension.why_missing(x.device) is None else 1)
+
+    torch._dynamo.reset()
+    assert torch.compile(answer, backend="eager", fullgraph=True)(ZERO) == answer(ZERO)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("torch", "('compact_', 1)"),
+        ("torch", "answer 1"),
         ("cpp", "RuntimeError"),
         ("gpu", "LGVIT_BACKEND must be one of"),
     ],
@@ -173,7 +182,7 @@ def test_environment_variable(value, expected):
         "import torch\n"
         "from lgvit_fast.ops.dispatch import Backend, Op\n"
         "no = Backend('cpp', None, refuse=lambda x: 'no')\n"
-        "print(('compact_', Op('compact_', no, Backend('torch', lambda x: 1))(torch.zeros(1))))\n"
+        "print('answer', Op('add', no, Backend('torch', lambda x: 1))(torch.zeros(1)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
