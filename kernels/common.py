@@ -87,39 +87,42 @@ def project_tile(
     return acc
 
 
-def autotune(
-    configs: list[triton.Config], key: list[str], shared: Callable[..., int] | None = None
-) -> Callable[[Any], Any]:
+Fits = Callable[[triton.Config, dict[str, Any], int], bool]
+"""Whether a candidate runs well, given the call's arguments and the bytes of shared memory."""
+
+
+def autotune(configs: list[triton.Config], key: list[str], fits: Fits | None = None) -> Any:
     """`triton.autotune` with its choice kept on disk; the first candidate under the interpreter.
 
     Args:
-        configs: candidates, the best guess first.
+        configs: candidates, the best guess first and the smallest last.
         key: names of the arguments whose change asks for a new choice.
-        shared: bytes of shared memory a candidate needs, given it and the call's arguments;
-            candidates beyond the device's limit are not tried.
+        fits: which candidates to try; by default all.
     """
 
     def prune(candidates: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
         properties = triton.runtime.driver.active.utils.get_device_properties
         limit = properties(torch.cuda.current_device())["max_shared_mem"]
-        return fitting(candidates, shared, limit, named | kwargs)
+        return fitting(candidates, fits, limit, named | kwargs)
 
-    if INTERPRETED:
-        return triton.autotune(configs=configs[:1], key=key)
-    return triton.autotune(
-        configs=configs, key=key, prune_configs_by={"early_config_prune": prune}, cache_results=True
-    )
+    def tuned(kernel: Any) -> Any:
+        if INTERPRETED:
+            return triton.autotune(configs=configs[:1], key=key)(kernel)
+        rules = {"early_config_prune": prune}
+        tuner = triton.autotune(configs, key, prune_configs_by=rules, cache_results=True)(kernel)
+        tuner.fits = fits  # the ahead-of-time table asks for devices that are not at hand
+        return tuner
+
+    return tuned
 
 
 def fitting(
-    candidates: list[Any], shared: Callable[..., int] | None, limit: int, args: dict[str, Any]
+    candidates: list[Any], fits: Fits | None, limit: int, args: dict[str, Any]
 ) -> list[Any]:
-    """Candidates within `limit` bytes of shared memory; the smallest where none is."""
-    if shared is None:
+    """The candidates that fit; the last where none does."""
+    if fits is None:
         return candidates
-    need = [shared(candidate, args) for candidate in candidates]
-    kept = [c for c, bytes_ in zip(candidates, need, strict=True) if bytes_ <= limit]
-    return kept or [candidates[need.index(min(need))]]
+    return [c for c in candidates if fits(c, args, limit)] or candidates[-1:]
 
 
 def projection_configs() -> list[triton.Config]:
@@ -129,18 +132,25 @@ def projection_configs() -> list[triton.Config]:
         for n, k, warps, stages in (
             (128, 64, 8, 3),
             (256, 64, 8, 3),
+            (128, 32, 8, 3),
             (128, 64, 4, 3),
             (64, 64, 4, 4),
-            (64, 32, 4, 4),
             (32, 64, 4, 4),
+            (64, 32, 4, 3),
         )
     ]
 
 
-def projection_shared(config: triton.Config, args: dict[str, Any]) -> int:
-    """Bytes of a pipelined projection: a tile of both operands for each stage."""
-    tile = (args["BLOCK_M"] + config.kwargs["BLOCK_N"]) * config.kwargs["BLOCK_K"]
-    return config.num_stages * tile * args["x"].element_size()
+def projection_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
+    """A tile of both operands for each stage must fit.
+
+    Float32 products have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill.
+    """
+    itemsize = args["x"].element_size()
+    depth, columns = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_N"]
+    if itemsize == 4 and (depth > 32 or columns > 128):
+        return False
+    return config.num_stages * (args["BLOCK_M"] + columns) * depth * itemsize <= limit
 
 
 def projection_rows(rows: int, columns: int) -> int:

@@ -20,8 +20,8 @@ from lgvit_fast.kernels.common import (
     on_device,
     project_tile,
     projection_configs,
+    projection_fits,
     projection_rows,
-    projection_shared,
     require,
 )
 
@@ -31,7 +31,7 @@ __all__ = ["gah_pool"]
 @autotune(
     projection_configs(),
     key=["C", "BLOCK_M", "R", "AVERAGE", "PRECISION"],
-    shared=projection_shared,
+    fits=projection_fits,
 )
 @triton.jit
 def gah_project_kernel(

@@ -19,15 +19,16 @@ from lgvit_fast.kernels.common import (
     on_device,
     project_tile,
     projection_configs,
+    projection_fits,
     projection_rows,
-    projection_shared,
     require,
 )
+from lgvit_fast.kernels.depthwise import load_row, load_taps
 
 __all__ = ["lph_pool"]
 
 
-@autotune(projection_configs(), key=["C", "BLOCK_M", "FULL", "PRECISION"], shared=projection_shared)
+@autotune(projection_configs(), key=["C", "BLOCK_M", "FULL", "PRECISION"], fits=projection_fits)
 @triton.jit
 def lph_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
@@ -124,10 +125,9 @@ def lph_depthwise_pool_kernel(
 ):
     """One program owns one image by BLOCK_C channels and walks down the grid row by row.
 
-    A grid row of u, read in three column shifts, adds to the outputs above, at and below it: three
+    Each row of u, read in three column shifts, adds to the outputs above, at and below it: three
     accumulators of one row each take the place of a halo, and every value of u is loaded three times
-    (twice of them from L1) rather than nine. Rows and columns outside the grid load as zero, which
-    is the padding.
+    (two of them from L1) rather than nine.
     """
     channel_tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     image = (tl.program_id(0) // channel_tiles).to(tl.int64)
@@ -138,15 +138,7 @@ def lph_depthwise_pool_kernel(
     x += image * stride_b
     pooled += image * 2 * C
 
-    w00 = tl.load(taps + c * 9 + 0, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w01 = tl.load(taps + c * 9 + 1, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w02 = tl.load(taps + c * 9 + 2, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w10 = tl.load(taps + c * 9 + 3, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w11 = tl.load(taps + c * 9 + 4, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w12 = tl.load(taps + c * 9 + 5, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w20 = tl.load(taps + c * 9 + 6, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w21 = tl.load(taps + c * 9 + 7, mask=mask, other=0.0).to(tl.float32)[None, :]
-    w22 = tl.load(taps + c * 9 + 8, mask=mask, other=0.0).to(tl.float32)[None, :]
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = load_taps(taps, c, mask)
     offset = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)[None, :]
 
     total = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
@@ -155,12 +147,7 @@ def lph_depthwise_pool_kernel(
         above = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)  # output row y - 1
         here = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)  # output row y
         for y in range(H + 1):
-            place = u + (y * W + col)[:, None] * C + c[None, :]
-            row = (y < H) & mask[None, :]
-            left = tl.load(place - C, mask=row & ((col >= 1) & (col <= W))[:, None], other=0.0)
-            mid = tl.load(place, mask=row & (col < W)[:, None], other=0.0)
-            right = tl.load(place + C, mask=row & (col + 1 < W)[:, None], other=0.0)
-            left, mid, right = left.to(tl.float32), mid.to(tl.float32), right.to(tl.float32)
+            left, mid, right = load_row(u, y, col, c, mask, H, W, C)
             done = above + (left * w20 + mid * w21 + right * w22)
             above = here + (left * w10 + mid * w11 + right * w12)
             here = left * w00 + mid * w01 + right * w02

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["exit_step", "gah_pool", "lph_pool", "refuse", "why_missing"]
+__all__ = ["exit_step", "gah_pool", "lph_pool", "precision", "refuse", "why_missing"]
 
 _INSTALLED = find_spec("triton") is not None
 # Triton's own variable stands in for a GPU: kernels then run on the CPU, under its interpreter.
@@ -68,7 +68,7 @@ def exit_step(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _exit_step(*args) if torch.compiler.is_compiling() else _launch_exit_step(*args)
 
 
-def _precision() -> str:
+def precision() -> str:
     """How float32 products are made: torch's own setting for matrix products decides."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -88,7 +88,7 @@ def _launch_lph_pool(
     launch = import_module("lgvit_fast.kernels.lph").lph_pool
     vectors = (weight, bias, scale, shift, depthwise_weight, depthwise_bias)
     grid = (height, width)
-    pooled: Tensor = launch(tokens, grid, num_prefix_tokens, *vectors, precision=_precision())
+    pooled: Tensor = launch(tokens, grid, num_prefix_tokens, *vectors, precision=precision())
     return pooled
 
 
@@ -113,9 +113,9 @@ def _launch_gah_pool(
     pool: str,
 ) -> Tensor:
     launch = import_module("lgvit_fast.kernels.gah").gah_pool
-    grid, precision = (height, width), _precision()
+    grid, how = (height, width), precision()
     pooled: Tensor = launch(
-        tokens, grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool, precision=precision
+        tokens, grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool, precision=how
     )
     return pooled
 
@@ -144,7 +144,7 @@ def _launch_exit_step(
     launch = import_module("lgvit_fast.kernels.exit_step").exit_step
     rule = (kind, threshold, patience)
     step = launch(
-        pooled, tokens, num_class_tokens, weight, bias, rule, state, precision=_precision()
+        pooled, tokens, num_class_tokens, weight, bias, rule, state, precision=precision()
     )
     return step.logits, step.leave, step.valid
 

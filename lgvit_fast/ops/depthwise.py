@@ -1,0 +1,169 @@
+"""Depthwise 3x3 convolution, bias and gelu on the token layout, for training.
+
+The grid of patch tokens is convolved where it lies: no permute to `[B, C, H, W]` and back.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lgvit_fast.ops import _triton
+from lgvit_fast.ops.dispatch import Backend, Op
+
+__all__ = ["depthwise_gelu", "depthwise_gelu_reference"]
+
+
+def depthwise_gelu_reference(
+    tokens: Tensor, patch_grid: tuple[int, int], weight: Tensor, bias: Tensor
+) -> Tensor:
+    """`depthwise_gelu` in plain PyTorch: the definition every backend is compared with."""
+    grid = tokens.unflatten(1, patch_grid).permute(0, 3, 1, 2)
+    hidden = F.conv2d(grid, weight.unsqueeze(1), bias, padding=1, groups=weight.shape[0])
+    return F.gelu(hidden).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _inner(
+    tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens as a map, and the gelu's input, both `[B, C, H, W]`."""
+    grid = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    kernel = weight.unsqueeze(1).to(tokens.dtype)
+    return grid, F.conv2d(grid, kernel, bias.to(tokens.dtype), padding=1, groups=weight.shape[0])
+
+
+@torch.library.custom_op("lgvit_fast::depthwise_gelu", mutates_args=())
+def _operator(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
+    if _why_not(tokens) is None:
+        kernels = import_module("lgvit_fast.kernels.depthwise")
+        out: Tensor = kernels.depthwise_gelu(tokens, (height, width), weight, bias)
+        return out
+    _, z = _inner(tokens, height, width, weight, bias)
+    return F.gelu(z).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+@_operator.register_fake
+def _(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+@torch.library.custom_op("lgvit_fast::depthwise_gelu_backward", mutates_args=())
+def _backward_operator(
+    gradient: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _why_not(tokens) is None:
+        kernels = import_module("lgvit_fast.kernels.depthwise")
+        grid = (height, width)
+        found: tuple[Tensor, Tensor, Tensor] = kernels.depthwise_gelu_backward(
+            gradient, tokens, grid, weight, bias
+        )
+        return found
+    grid_map, z = _inner(tokens, height, width, weight, bias)
+    outer = gradient.unflatten(1, (height, width)).permute(0, 3, 1, 2).to(tokens.dtype)
+    inner = torch.ops.aten.gelu_backward(outer, z)
+    channels = weight.shape[0]
+    result = torch.ops.aten.convolution_backward(
+        inner, grid_map, weight.unsqueeze(1).to(tokens.dtype), [channels],
+        [1, 1], [1, 1], [1, 1], False, [0, 0], channels, [True, True, True],
+    )  # fmt: skip
+    return (
+        result[0].permute(0, 2, 3, 1).flatten(1, 2).contiguous(),
+        result[1].squeeze(1).to(weight.dtype),
+        result[2].to(bias.dtype),
+    )
+
+
+@_backward_operator.register_fake
+def _(
+    gradient: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        tokens.new_empty(tokens.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, ctx.height, ctx.width, weight, bias = inputs
+    ctx.save_for_backward(tokens, weight, bias)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    tokens, weight, bias = ctx.saved_tensors
+    grads = _backward_operator(gradient, tokens, ctx.height, ctx.width, weight, bias)
+    return grads[0], None, None, grads[1], grads[2]
+
+
+_operator.register_autograd(_backward, setup_context=_keep)
+
+
+def _why_not(tokens: Tensor) -> str | None:
+    """Why the kernels cannot take `tokens`; then the operators run in plain PyTorch."""
+    return _triton.why_missing(tokens.device) or _triton.refuse(tokens.detach())
+
+
+def _depthwise_gelu_triton(
+    tokens: Tensor, patch_grid: tuple[int, int], weight: Tensor, bias: Tensor
+) -> Tensor:
+    return _operator(tokens, *patch_grid, weight, bias)
+
+
+def _refuse_triton(tokens: Tensor, *args: object) -> str | None:
+    return _triton.refuse(tokens.detach())
+
+
+_op = Op(
+    "depthwise_gelu",
+    Backend("triton", _depthwise_gelu_triton, _triton.why_missing, _refuse_triton),
+    Backend("torch", depthwise_gelu_reference),
+)
+
+
+def depthwise_gelu(
+    tokens: Tensor,
+    patch_grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`gelu(depthwise 3x3 of tokens + bias)` with zero padding; differentiable once.
+
+    Args:
+        tokens: `[B, H * W, C]`, row-major.
+        patch_grid: `(H, W)`.
+        weight: `[C, 3, 3]`.
+        bias: `[C]`.
+        backend: one of `lgvit_fast.ops.CHOICES` for this call only.
+
+    Returns:
+        `[B, H * W, C]`.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    height, width = patch_grid
+    if tokens.dim() != 3 or min(patch_grid) < 1 or tokens.shape[1] != height * width:
+        raise ValueError(
+            f"depthwise_gelu: tokens has shape {tuple(tokens.shape)},"
+            f" expected [B, {height} * {width}, C]"
+        )
+    channels = tokens.shape[2]
+    if tuple(weight.shape) != (channels, 3, 3) or tuple(bias.shape) != (channels,):
+        raise ValueError(
+            f"depthwise_gelu: weight has shape {tuple(weight.shape)} and bias {tuple(bias.shape)},"
+            f" expected {(channels, 3, 3)} and {(channels,)}"
+        )
+    if weight.device != tokens.device or bias.device != tokens.device:
+        raise ValueError(
+            f"depthwise_gelu: weight is on {weight.device}, bias on {bias.device},"
+            f" tokens on {tokens.device}; they must agree"
+        )
+    out: Tensor = _op(tokens, patch_grid, weight, bias, backend=backend)
+    return out
