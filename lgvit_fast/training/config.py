@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lgvit_fast.training.losses import STRATEGIES, Strategy
+from lgvit_fast.weights import load_json, save_json
 
 Stage = Literal["1", "2", "both"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -245,12 +246,12 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        save_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
         """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(load_json(path))
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -141,16 +141,13 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
         model.class_names = data.class_names
     model.to(process.device)
     sources = data.sources(InputSpec.of(model.backbone))
-    if process.primary:
-        output.mkdir(parents=True, exist_ok=True)
-        config.save(output / "config.json")
-
     stages = {}
     for name in names:
         if name == "stage2":
             load_stage1(config.stage1_from or output / "stage1" / BEST, model)
         stages[name] = train_stage(name, model, sources, config, process)
         load_model(stages[name].best, model)
+    model.freeze_backbone(False)
     return TrainResult(model.eval(), stages, output)
 
 
@@ -336,6 +333,8 @@ class _StageRun:
         """Train to the end from where the progress stands."""
         progress = self.progress
         if self.process.primary:
+            # only now: a run that was refused must not touch what is there
+            self.config.save(self.folder.parent / "config.json")
             self.log = RunLog(
                 self.folder,
                 self.name,
@@ -397,7 +396,8 @@ class _StageRun:
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model, step=progress.update + 1)
-        self.scheduler.step_update(progress.update + 1)
+        if self.scheduler is not None:  # "none"
+            self.scheduler.step_update(progress.update + 1)
         return totals, seen
 
     def _backward(self, loss: Tensor, step: bool) -> None:

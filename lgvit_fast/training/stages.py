@@ -30,6 +30,7 @@ class Stage1(nn.Module):
 
     def __init__(self, model: LGViT, config: Stage1Config, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        model.freeze_backbone(False)
         self.model, self.config, self.label_smoothing = model, config, label_smoothing
 
     def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:

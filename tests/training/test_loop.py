@@ -117,6 +117,7 @@ def test_ones_own_model_in_a_few_lines(small_config):
     result = train(small_config(stage="both", **ONE_EPOCH), model)
     assert result.model is model
     assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())  # no longer frozen
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ def test_ones_own_model_in_a_few_lines(small_config):
         {"stage1": {"epochs": 1, "warmup_epochs": 0, "strategy": "distillation"}},
         {"stage1": {"epochs": 1, "warmup_epochs": 0, "opt": "sgd", "sched": "poly"}},
         {"mixup": 0.8, "cutmix": 1.0},
+        {"stage1": {"epochs": 1, "warmup_epochs": 0, "sched": "none"}},
         {"augment": False},
     ],
     ids=lambda fields: ", ".join(str(value) for value in fields.values())[-40:],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lgvit_fast.training import loop, train
+from lgvit_fast.training import TrainConfig, loop, train
 from lgvit_fast.training.checkpoint import Checkpoint
 from lgvit_fast.weights import load_weights
 
@@ -189,9 +189,12 @@ def test_resuming_a_finished_run_trains_no_more(small_config, metrics):
     ids=["seed", "batch size", "learning rate", "exits"],
 )
 def test_resuming_another_run_names_the_difference(fields, message, small_config):
-    train(small_config(stage1={"epochs": 1}))
+    config = small_config(stage1={"epochs": 1})
+    train(config)
     with pytest.raises(ValueError, match=message):
         train(small_config(resume=True, **{"stage1": {"epochs": 1}, **fields}))
+    kept = TrainConfig.load(Path(config.output) / "config.json")
+    assert kept == config  # the refused run has left no trace
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "weights alone"])
