@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgvit_fast.ops import _triton
+from lgvit_fast.ops import _cpp, _triton
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["ExitRule", "ExitStep", "RuleKind", "apply_rule", "exit_step", "exit_step_reference"]
@@ -115,9 +115,29 @@ def _refuse_triton(
     return _triton.refuse(pooled, tokens, weight)
 
 
+def _exit_step_cpp(
+    pooled: Tensor,
+    tokens: Tensor,
+    num_class_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+) -> ExitStep:
+    op = torch.ops.lgvit_fast.exit_step_cpp
+    return ExitStep(*op(pooled, tokens, num_class_tokens, weight, bias, *rule, state))
+
+
+def _refuse_cpp(
+    pooled: Tensor, tokens: Tensor, count: int, weight: Tensor, bias: Tensor, *args: object
+) -> str | None:
+    return _cpp.refuse(pooled, tokens, weight, bias)
+
+
 _op = Op(
     "exit_step",
     Backend("triton", _exit_step_triton, _triton.why_missing, _refuse_triton),
+    Backend("cpp", _exit_step_cpp, _cpp.why_missing, _refuse_cpp),
     Backend("torch", exit_step_reference),
 )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgvit_fast.ops import _triton
+from lgvit_fast.ops import _cpp, _triton
 from lgvit_fast.ops.checks import check_tokens
 from lgvit_fast.ops.dispatch import Backend, Op
 
@@ -37,12 +37,11 @@ def pool_grid(tokens: Tensor, patch_grid: tuple[int, int], stride: int, pool: st
     """
     if stride == 1:
         return tokens
-    batch, _, width = tokens.shape
     grid = tokens.unflatten(1, patch_grid)
     if pool == "subsample":
-        return grid[:, ::stride, ::stride].reshape(batch, -1, width)
+        return grid[:, ::stride, ::stride].flatten(1, 2)
     pooled = F.avg_pool2d(grid.permute(0, 3, 1, 2), stride, ceil_mode=True, count_include_pad=False)
-    return pooled.permute(0, 2, 3, 1).reshape(batch, -1, width)
+    return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def gah_pool_reference(
@@ -94,9 +93,32 @@ def _refuse_triton(
     return _triton.refuse(tokens)
 
 
+def _gah_pool_cpp(
+    tokens: Tensor,
+    patch_grid: tuple[int, int],
+    num_prefix_tokens: int,
+    qkv_weight: Tensor,
+    num_heads: int,
+    stride: int,
+    pool: str,
+) -> Tensor:
+    op, average = torch.ops.lgvit_fast.gah_pool_cpp, pool == "average"
+    pooled: Tensor = op(
+        tokens, *patch_grid, num_prefix_tokens, qkv_weight, num_heads, stride, average
+    )
+    return pooled
+
+
+def _refuse_cpp(
+    tokens: Tensor, grid: object, prefix: int, weight: Tensor, *args: object
+) -> str | None:
+    return _cpp.refuse(tokens, weight)
+
+
 _op = Op(
     "gah_pool",
     Backend("triton", _gah_pool_triton, _triton.why_missing, _refuse_triton),
+    Backend("cpp", _gah_pool_cpp, _cpp.why_missing, _refuse_cpp),
     Backend("torch", gah_pool_reference),
 )
 

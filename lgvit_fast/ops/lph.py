@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lgvit_fast.ops import _triton
+from lgvit_fast.ops import _cpp, _triton
 from lgvit_fast.ops.checks import check_tokens
 from lgvit_fast.ops.dispatch import Backend, Op
 
@@ -83,9 +83,22 @@ def _refuse_triton(tokens: Tensor, *args: object) -> str | None:
     return _triton.refuse(tokens)
 
 
+def _lph_pool_cpp(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Tensor:
+    op = torch.ops.lgvit_fast.lph_pool_cpp
+    pooled: Tensor = op(tokens, *patch_grid, num_prefix_tokens, *weights)
+    return pooled
+
+
+def _refuse_cpp(tokens: Tensor, grid: object, prefix: int, weights: LPHWeights) -> str | None:
+    return _cpp.refuse(tokens, *weights)
+
+
 _op = Op(
     "lph_pool",
     Backend("triton", _lph_pool_triton, _triton.why_missing, _refuse_triton),
+    Backend("cpp", _lph_pool_cpp, _cpp.why_missing, _refuse_cpp),
     Backend("torch", lph_pool_reference),
 )
 
