@@ -396,3 +396,36 @@ class TestPretrained:
         (tmp_path / "config.json").write_text('{"model_type": "vit"}')
         with pytest.raises(ValueError, match="format None"):
             lgvit_fast.LGViT.from_pretrained(tmp_path)
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh_compiler(self):
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    def test_compiled_model_gives_the_same_answers_and_sees_changes(self):
+        model = tiny_model(exits=[1, 2], depth=3)
+        compiled = torch.compile(model, backend="aot_eager")
+        batch = images(9)
+        for policy in (Confidence(0.35), Entropy(0.7)):
+            model.policy = policy
+            torch.testing.assert_close(compiled(batch), model(batch), atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            model.exit_heads[0].classifiers[0].weight.mul_(3)
+        torch.testing.assert_close(compiled(batch), model(batch), atol=1e-4, rtol=1e-4)
+
+    def test_heads_and_decision_do_not_break_the_graph(self):
+        model = tiny_model()
+        model.prepare()
+        tokens = model.adapter.embed(images(3)).detach()
+        for segment in model.segments:
+            state = Confidence().start(3, tokens.device)
+            rule = segment.rule(Confidence(0.35))
+            compiled = torch.compile(segment, backend="aot_eager", fullgraph=True)
+            with torch.no_grad():
+                after, step = compiled(tokens, state, (4, 4), rule)
+                _, expected = segment(tokens, state.clone(), (4, 4), rule)
+            torch.testing.assert_close(step.logits, expected.logits, atol=1e-4, rtol=1e-4)
+            tokens = after

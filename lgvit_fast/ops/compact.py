@@ -13,6 +13,7 @@ __all__ = ["compact_"]
 _MAX_CUDA_ROWS = 8192  # kMaxRows of csrc/cuda/compact_kernel.h
 
 
+@torch.compiler.disable  # the count is read on the host: the one break an exit cannot avoid
 def compact_(
     tokens: Tensor,
     keep: Tensor,
