@@ -325,6 +325,7 @@ class _StageRun:
                 num_classes=model.num_classes,
             )
         self.progress = _Progress()
+        self.lr = 0.0  # of the update just done
         self.log: RunLog | None = None
 
     # ------------------------------------------------------------------------------ running
@@ -394,6 +395,7 @@ class _StageRun:
             for term, value in {"loss": loss.detach(), **terms}.items():
                 totals[term] = totals.get(term, 0.0) + value / count
         self.optimizer.zero_grad()
+        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
         if self.ema is not None:
             self.ema.update(self.model, step=progress.update + 1)
         if self.scheduler is not None:  # "none"
@@ -445,8 +447,8 @@ class _StageRun:
         numbers = {name: float(value) for name, value in values.items()}
         self._check_finite(numbers["loss"])
         if self.log is not None:
-            numbers["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
-            self.log.train(self.progress.update, {"epoch": self.progress.epoch + 1, **numbers})
+            row = {"epoch": self.progress.epoch + 1, **numbers, "lr": self.lr}
+            self.log.train(self.progress.update, row)
 
     def _check_finite(self, loss: float) -> None:
         if loss - loss != 0:

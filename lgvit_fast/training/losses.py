@@ -129,8 +129,9 @@ def stage2_losses(
 
     The heterogeneous pairs are the first and last local head and the first and last global head,
     each with the last block's tokens. The homogeneous pairs are each local head with the last local
-    one, and each global head with the last global one. Pairs whose features differ in width (heads
-    on different stages of a hierarchical backbone) cannot be compared and are left out.
+    one, and each global head with the last global one. Features of different width (on different
+    levels of a hierarchical backbone) cannot be compared: the homogeneous teacher is then the last
+    head of the same width, and a heterogeneous pair is left out.
 
     Args:
         exit_logits: E tensors `[B, K]`.
@@ -156,14 +157,14 @@ def stage2_losses(
         if teacher.shape == features[i].shape:
             hete.append(channel_divergence(features[i], teacher))
 
-    def to_last(
-        roles: list[int], distance: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, ...]:
-        if not roles:
-            return ()
-        last = features[roles[-1]] if published else features[roles[-1]].detach()
-        pairs = [features[i] for i in roles[:-1] if features[i].shape[-1] == last.shape[-1]]
-        return tuple(distance(feature, last) for feature in pairs)
+    def to_last(roles: list[int], distance: Distance) -> tuple[Tensor, ...]:
+        last = {features[i].shape[-1]: i for i in roles}  # the deepest head of each width
+        pairs = [(features[i], features[last[features[i].shape[-1]]]) for i in roles]
+        return tuple(
+            distance(student, teacher if published else teacher.detach())
+            for student, teacher in pairs
+            if student is not teacher
+        )
 
     return Stage2Losses(
         ce=tuple(cross_entropy(logits, targets, label_smoothing) for logits in exit_logits),

@@ -144,6 +144,14 @@ def test_heads_of_another_width_are_left_out():
     assert losses.homo_local == losses.homo_global == ()
 
 
+def test_homogeneous_teachers_are_the_last_of_their_width():
+    heads = ["lph_full", "lph_light", "gah_1", "gah_1", "gah_2"]
+    losses, features, _ = losses_of(heads, widths=[4, 4, 8, 8, 16])
+    assert len(losses.homo_local) == len(losses.homo_global) == 1
+    torch.testing.assert_close(losses.homo_local[0], F.mse_loss(features[0], features[1]))
+    torch.testing.assert_close(losses.homo_global[0], gram_distance(features[2], features[3]))
+
+
 @pytest.mark.parametrize("published", [False, True], ids=["default", "published"])
 def test_homogeneous_teachers_are_detached_unless_published(published):
     losses, features, _ = losses_of(["lph_full", "lph_light", "gah_1", "gah_2"], published)
