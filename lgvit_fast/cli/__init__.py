@@ -1,0 +1,105 @@
+"""The `lgvit-fast` command. One file per subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from lgvit_fast._version import __version__
+from lgvit_fast.cli.options import UsageError
+
+__all__ = ["main"]
+
+# Each is a module here with `configure(parser)` and `run(args) -> exit code`.
+COMMANDS = {
+    "demo": "train a small early-exit model on real digits and see what it gains (minutes)",
+    "train": "train a model with early exits, in one or both stages",
+    "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
+    "predict": "classify image files",
+    "info": "what is installed and compiled, which backends run here, what is missing",
+}
+
+_EXAMPLES = """\
+a first look, no data needed:
+  lgvit-fast demo
+
+your own images, in one folder per class:
+  lgvit-fast train --data photos/ --model vit_small_patch16_224 --pretrained --output run
+  lgvit-fast eval run/stage2/best --data photos/validation
+  lgvit-fast predict run/stage2/best new-photos/
+
+`lgvit-fast COMMAND --help` explains a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 only if all went well, 2 for a usage that makes no sense, else 1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        if args.debug:
+            raise
+        return _complain(args.command, error, 2)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print(f"\nlgvit-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        return _complain(args.command, error, 1)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the options of the one command that is called."""
+    parser = argparse.ArgumentParser(
+        prog="lgvit-fast",
+        description="Vision transformers that answer easy images early.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lgvit-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error, not just its line"
+        )
+        if name == called:
+            module = import_module(f"lgvit_fast.cli.{name}")
+            module.configure(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _complain(command: str, error: Exception, code: int) -> int:
+    message = " ".join(str(error).split())
+    if not message or not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+        message = f"{type(error).__name__}: {message} (--debug shows where)"
+    print(f"lgvit-fast {command}: error: {message}", file=sys.stderr)
+    return code

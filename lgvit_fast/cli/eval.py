@@ -1,0 +1,222 @@
+"""`lgvit-fast eval`: accuracy, exits and speed of a saved model, and the threshold to use."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lgvit_fast.cli.options import (
+    POLICIES,
+    UsageError,
+    add_compute,
+    add_policy,
+    autocast_of,
+    count,
+    load_model,
+    policy_from,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lgvit_fast.evaluation import Evaluation
+    from lgvit_fast.model import LGViT
+    from lgvit_fast.policies import Policy
+    from lgvit_fast.training.data import Source
+
+_NOTES = """\
+One pass keeps what every exit says of every image; each policy is then replayed on that. Without
+--threshold (or --patience) the one with the largest layer ratio is reported that loses at most
+--tolerance points of accuracy. It is chosen on these images: for a figure to publish, choose on one
+set with --save-policy and evaluate on another with --policy saved.
+
+Two speeds are reported. The layer ratio is L / mean exit layer: what the method could gain if heads and
+bookkeeping cost nothing. The wall clock is measured against the same backbone run to the end without
+heads, both warm, in alternating rounds on images drawn at random; median and quartiles of the rounds.
+
+OUT holds report.json, tradeoff.png and exits.png. Exit code 1 if a file could not be read.
+
+examples:
+  lgvit-fast eval run/stage2/best --data photos/validation
+  lgvit-fast eval run/stage2/best --data photos.tar --policy all --tolerance 0.5 --save-policy
+  lgvit-fast eval run/stage2/best --dataset torch/cifar10 --data ~/data --split validation
+  lgvit-fast eval run/stage2/best --data photos --policy confidence --threshold 0.8 --timing-batch 1 32
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _NOTES
+    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model")
+    data = parser.add_argument_group("images")
+    data.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="folder or tar of class folders, root of a named dataset, or `digits` (bundled)",
+    )
+    data.add_argument(
+        "--dataset", default="", metavar="NAME", help="a timm dataset: torch/cifar10, hfds/..., ..."
+    )
+    data.add_argument(
+        "--split",
+        default="validation",
+        help="of a named dataset, or sub-folder of PATH (default: validation)",
+    )
+    data.add_argument("--download", action="store_true", help="let a named dataset fetch itself")
+    data.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
+    data.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="loader processes (default: 0)"
+    )
+    add_policy(
+        parser,
+        (*POLICIES, "all", "saved"),
+        "what to sweep and choose from; saved: report the model's own (default: confidence)",
+    )
+    choice = parser.add_argument_group("choice and report")
+    choice.add_argument(
+        "--tolerance",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="percentage points of accuracy that early exit may cost (default: 1)",
+    )
+    choice.add_argument(
+        "--save-policy", action="store_true", help="save the reported policy with the model"
+    )
+    choice.add_argument(
+        "--out", default="eval-output", metavar="FOLDER", help="default: eval-output"
+    )
+    timing = parser.add_argument_group("timing")
+    timing.add_argument(
+        "--timing-batch",
+        type=count,
+        nargs="+",
+        default=[32],
+        metavar="N",
+        help="batch sizes to time at (default: 32)",
+    )
+    timing.add_argument(
+        "--timing-images", type=count, default=256, metavar="N", help="default: 256"
+    )
+    timing.add_argument(
+        "--timing-rounds", type=count, default=9, metavar="N", help="of each side (default: 9)"
+    )
+    timing.add_argument("--no-timing", action="store_true", help="accuracy and layers only")
+    add_compute(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print, and write the report."""
+    from lgvit_fast.evaluation import evaluate
+
+    model = load_model(args.model, args.device)
+    kinds, policy = _policies(args, model)
+    source, relabel = _open(args, model)
+    evaluation = evaluate(
+        model,
+        source,
+        kinds=kinds,
+        policy=policy,
+        tolerance=args.tolerance,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        timing_batches=() if args.no_timing else args.timing_batch,
+        timing_images=args.timing_images,
+        timing_rounds=args.timing_rounds,
+        autocast=autocast_of(args, model),
+        relabel=relabel,
+        progress=show_progress,
+    )
+    show(evaluation, model)
+    data = f"{args.dataset} {args.data}".strip()
+    write(evaluation, model, Path(args.out), {"model": args.model, "data": data})
+    print(f"\nreport.json, tradeoff.png and exits.png are in {args.out}")
+    if args.save_policy:
+        model.policy = evaluation.chosen.policy
+        model.save_pretrained(args.model)
+        print(f"{model.policy} is now the policy of {args.model}")
+    for image in evaluation.recording.bad:
+        print(f"lgvit-fast eval: cannot read {image.name}: {image.reason}", file=sys.stderr)
+    return 1 if evaluation.recording.bad else 0
+
+
+def show(evaluation: Evaluation, model: LGViT) -> None:
+    """Print an evaluation."""
+    from lgvit_fast.cli.tables import exit_table, gain, timing_table, tradeoff_table
+
+    print(f"\n{len(evaluation.recording.targets)} images\n\nTrade-off")
+    print(tradeoff_table(evaluation))
+    if not evaluation.within:
+        print(f"  (no more than {evaluation.tolerance:g} points lost: not reached)")
+    print(f"\nExits under {evaluation.chosen.policy}")
+    print(exit_table(evaluation, model))
+    if evaluation.timings:
+        print("\nWall clock, median and quartiles")
+        print(timing_table(evaluation.timings))
+    print(f"\n{gain(evaluation)}")
+
+
+def write(evaluation: Evaluation, model: LGViT, folder: Path, facts: dict[str, Any]) -> None:
+    """Write report.json, tradeoff.png and exits.png."""
+    from lgvit_fast.evaluation.plots import plot_exits, plot_tradeoff
+    from lgvit_fast.weights import save_json
+
+    save_json(folder / "report.json", {**facts, **evaluation.to_dict()})
+    plot_tradeoff(evaluation, folder / "tradeoff.png", "Accuracy against depth")
+    plot_exits(evaluation, model, folder / "exits.png")
+
+
+def show_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    """A progress bar over batches."""
+    from tqdm import tqdm
+
+    bar: Iterable[Any] = tqdm(batches, total=total, desc="evaluate", unit="batch")
+    return bar
+
+
+def _policies(args: argparse.Namespace, model: LGViT) -> tuple[Sequence[str], Policy | None]:
+    """The kinds to sweep, and the policy to report if it is not to be chosen."""
+    from lgvit_fast.evaluation.tradeoff import KINDS
+
+    given = args.threshold is not None or args.patience is not None
+    if args.policy not in ("all", "saved"):
+        policy = policy_from(args, model)
+        return (args.policy or "confidence",), policy if given else None
+    if given:
+        raise UsageError(f"--policy {args.policy} takes no --threshold and no --patience")
+    if args.policy == "all":
+        return POLICIES, None
+    return [name for name, kind in KINDS.items() if type(model.policy) is kind], model.policy
+
+
+def _open(
+    args: argparse.Namespace, model: LGViT
+) -> tuple[Source, Callable[[Tensor], Tensor] | None]:
+    """The images, and what brings their class numbers to the model's."""
+    import torch
+
+    from lgvit_fast.training.data import ImageSource, InputSpec, eval_transform, open_dataset
+    from lgvit_fast.training.digits import Digits
+
+    spec = InputSpec.of(model.backbone)
+    source: Source
+    if args.data == "digits" and not args.dataset:
+        source = Digits("validation", spec)
+    else:
+        dataset = open_dataset(args.data, args.dataset, args.split, args.download)
+        mode = "L" if spec.channels == 1 else "RGB"
+        source = ImageSource(dataset, eval_transform(spec), mode)
+    names, known = source.class_names, model.class_names
+    if not names or not known or names == known:
+        return source, None
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise ValueError(
+            f"{args.data} has classes that the model does not know: {', '.join(strange[:5])}"
+        )
+    places = torch.tensor([known.index(name) for name in names])
+    return source, lambda targets: places[targets]

@@ -1,0 +1,139 @@
+"""What several commands share: their options, and how these become a model and a policy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lgvit_fast.model import LGViT
+    from lgvit_fast.policies import Policy
+
+__all__ = [
+    "POLICIES",
+    "UsageError",
+    "add_compute",
+    "add_policy",
+    "autocast_of",
+    "count",
+    "load_model",
+    "policy_from",
+]
+
+POLICIES = ("confidence", "entropy", "patience", "patient_confident")
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be meant: exit code 2."""
+
+
+def count(text: str) -> int:
+    """An argument that is an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_policy(
+    parser: argparse.ArgumentParser,
+    choices: Sequence[str] = POLICIES,
+    about: str = "default: the one saved with the model",
+) -> None:
+    """Add --policy, --threshold and --patience."""
+    group = parser.add_argument_group("exit policy")
+    group.add_argument("--policy", choices=choices, help=about)
+    group.add_argument(
+        "--threshold",
+        type=_thresholds,
+        metavar="T[,T...]",
+        help="of confidence (0 to 1) or entropy (nats): one number, or one per exit",
+    )
+    group.add_argument(
+        "--patience", type=int, metavar="N", help="exits in a row, of the patient policies"
+    )
+
+
+def policy_from(args: argparse.Namespace, model: LGViT) -> Policy | None:
+    """The policy that the arguments name, None if they name none.
+
+    Raises:
+        UsageError: numbers out of range, of another policy, or for another number of exits.
+    """
+    from lgvit_fast.evaluation.tradeoff import KINDS
+
+    numbers = {"threshold": args.threshold, "patience": args.patience}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    if args.policy is None:
+        if numbers:
+            raise UsageError(f"--{next(iter(numbers))} needs --policy")
+        return None
+    for name, others in (
+        ("threshold", ("patience",)),
+        ("patience", ("confidence", "entropy")),
+    ):
+        if name in numbers and args.policy in others:
+            raise UsageError(f"--policy {args.policy} takes no --{name}")
+    try:
+        policy = KINDS[args.policy](**numbers)
+        policy.check(len(model.exits))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return policy
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --precision."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    group.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="autocast to bf16 or fp16 (default: fp32)",
+    )
+
+
+def autocast_of(args: argparse.Namespace, model: LGViT) -> AbstractContextManager[Any] | None:
+    """The autocast that --precision asks for, None for fp32."""
+    import torch
+
+    if args.precision == "fp32":
+        return None
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float16
+    return torch.autocast(next(model.parameters()).device.type, dtype)
+
+
+def load_model(folder: str, device: str | None) -> LGViT:
+    """A saved model, in eval mode on a device.
+
+    Raises:
+        UsageError: no such device.
+        FileNotFoundError: no saved model there.
+        ValueError: a damaged one, saying how.
+    """
+    missing = [n for n in ("config.json", "model.safetensors") if not (Path(folder) / n).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no saved model in {folder!r}: {' and '.join(missing)} not found (training saves one in"
+            " OUTPUT/stage1/best and OUTPUT/stage2/best)"
+        )
+    import torch  # after what can be said without it
+
+    from lgvit_fast.model import LGViT
+
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: {error}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: this torch sees no GPU")
+    return LGViT.from_pretrained(folder).to(place)
+
+
+def _thresholds(text: str) -> float | list[float]:
+    numbers = [float(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers

@@ -1,0 +1,217 @@
+"""`lgvit-fast predict`: image files to answers, one line each."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lgvit_fast.cli.options import (
+    UsageError,
+    add_compute,
+    add_policy,
+    autocast_of,
+    count,
+    load_model,
+    policy_from,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from lgvit_fast.model import LGViT
+    from lgvit_fast.training.data import Batch
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_COLUMNS = (
+    "path",
+    "label",
+    "class_index",
+    "confidence",
+    "exit_layer",
+    "milliseconds",
+    "error",
+)
+
+_NOTES = """\
+Each image gives one line, in the order given:
+  label          the class's name, or its number where the model has no names
+  class_index    the class's number
+  confidence     softmax probability of that class, at the exit where the image left
+  exit_layer     the transformer block after which it left, counted from 1
+  milliseconds   its share of the time its batch took in the model (files are read before that)
+A file that cannot be read gives a line with "error"; the others are answered all the same, and the
+exit code is 1.
+
+examples:
+  lgvit-fast predict run/stage2/best cat.jpg dog.png
+  lgvit-fast predict run/stage2/best photos/ --format csv > answers.csv
+  find photos -name '*.jpg' | lgvit-fast predict run/stage2/best - --policy confidence --threshold 0.8
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = _NOTES
+    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model")
+    parser.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="image files, folders (searched for images, at any depth), or - for a list of paths on"
+        " standard input, one a line",
+    )
+    parser.add_argument(
+        "--format", choices=("jsonl", "csv"), default="jsonl", help="default: jsonl"
+    )
+    parser.add_argument(
+        "--class-map", metavar="FILE", help="class names, one a line, in their order"
+    )
+    parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read files (default: 0)"
+    )
+    add_policy(parser)
+    add_compute(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer every image; 1 if any could not be read."""
+    model = load_model(args.model, args.device)
+    policy = policy_from(args, model)
+    if policy is not None:
+        model.policy = policy
+    names = _class_names(args.class_map, model)
+    write = _writer(args.format)
+    failed = 0
+    for row in _rows(model, list(_files(args.paths)), names, args):
+        failed += "error" in row
+        write(row)
+    if failed:
+        print(f"lgvit-fast predict: {failed} files could not be answered", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _rows(
+    model: LGViT, paths: list[str], names: list[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One row per path, in order."""
+    from lgvit_fast.training.data import Batches, ImageSource, InputSpec, Loader, eval_transform
+
+    if not paths:
+        return
+    spec = InputSpec.of(model.backbone)
+    mode = "L" if spec.channels == 1 else "RGB"
+    source = ImageSource(_Files(paths), eval_transform(spec), mode)
+    batches = Batches(len(paths), args.batch_size, training=False)
+    start = 0
+    for batch in Loader(source, batches, args.workers).epoch():
+        stop = min(start + args.batch_size, len(paths))
+        answers = iter(_answer(model, batch, names, args) if len(batch.targets) else ())
+        bad = iter(batch.bad)
+        read = set(batch.targets.tolist())
+        for position in range(start, stop):
+            row = next(answers) if position in read else {"error": next(bad).reason}
+            yield {"path": paths[position], **row}
+        start = stop
+
+
+def _answer(
+    model: LGViT, batch: Batch, names: list[str], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from contextlib import nullcontext
+
+    import torch
+
+    from lgvit_fast.evaluation.timing import synchronize
+
+    device = next(model.parameters()).device
+    images = batch.images.to(device)
+    with torch.inference_mode(), autocast_of(args, model) or nullcontext():
+        model.prepare()
+        synchronize(device)
+        began = time.perf_counter()
+        result = model.infer(images)
+        synchronize(device)
+    milliseconds = 1000 * (time.perf_counter() - began) / len(images)
+    rows: list[dict[str, Any]] = []
+    for number, confidence, layer, nonfinite in zip(
+        result.prediction.tolist(),
+        result.confidence.tolist(),
+        result.exit_layer.tolist(),
+        result.nonfinite.tolist(),
+        strict=True,
+    ):
+        if nonfinite:
+            rows.append({"error": "the model's logits are not finite for this image"})
+            continue
+        rows.append(
+            {
+                "label": names[number] if names else str(number),
+                "class_index": number,
+                "confidence": round(confidence, 6),
+                "exit_layer": layer,
+                "milliseconds": round(milliseconds, 3),
+            }
+        )
+    return rows
+
+
+class _Files:
+    """Paths as a data set of (image, place in the list), the way `ImageSource` reads one."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.samples = [(path, place) for place, path in enumerate(paths)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: int) -> tuple[Image, int]:
+        from PIL import Image
+
+        with Image.open(self.samples[place][0]) as image:
+            image.load()
+            return image, place
+
+
+def _files(paths: list[str]) -> Iterator[str]:
+    """The files that the arguments name; what does not exist stays in, to be reported."""
+    for path in paths:
+        if path == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        elif os.path.isdir(path):
+            found = sorted(
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(path)
+                for name in names
+                if name.lower().endswith(_SUFFIXES)
+            )
+            if not found:
+                raise FileNotFoundError(f"no images in the folder {path!r}")
+            yield from found
+        else:
+            yield path
+
+
+def _class_names(path: str | None, model: LGViT) -> list[str]:
+    if path is None:
+        return model.class_names or []
+    with open(path) as file:
+        names = [line.strip() for line in file if line.strip()]
+    if len(names) != model.num_classes:
+        raise UsageError(f"{path} names {len(names)} classes, the model has {model.num_classes}")
+    return names
+
+
+def _writer(form: str) -> Any:
+    """A function that prints a row."""
+    if form == "jsonl":
+        return lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+    writer = csv.DictWriter(sys.stdout, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    return writer.writerow

@@ -1,0 +1,102 @@
+"""Results as text: tables that line up, and one line that says what was gained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lgvit_fast.evaluation import Evaluation, Timing
+from lgvit_fast.evaluation.tradeoff import curves
+from lgvit_fast.model import LGViT
+
+__all__ = ["exit_table", "gain", "table", "timing_table", "tradeoff_table"]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that line up: the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        first, *others = (
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join((first, *others)).rstrip())
+    return "\n".join(lines)
+
+
+def exit_table(evaluation: Evaluation, model: LGViT) -> str:
+    """Each exit: who leaves there and how good their answers are."""
+    recording, chosen = evaluation.recording, evaluation.chosen
+    heads = [*(spec.head for spec in model.exits), "classifier"]
+    rows = [
+        [f"block {layer}", head, _percent(share), _percent(right), _percent(alone)]
+        for layer, head, share, right, alone in zip(
+            recording.layers,
+            heads,
+            chosen.shares,
+            chosen.exit_accuracy,
+            recording.accuracies,
+            strict=True,
+        )
+    ]
+    total = [*("all", ""), _percent(1.0), _percent(chosen.accuracy), ""]
+    header = ["leaves after", "head", "images", "of these right", "right if all left here"]
+    return table(header, [*rows, total])
+
+
+def tradeoff_table(evaluation: Evaluation) -> str:
+    """The swept policies, of neighbours alike one; the reported one is marked."""
+    final, chosen = evaluation.recording.final_accuracy, evaluation.chosen
+    rows: list[list[str]] = []
+    for points in curves(evaluation.points).values():
+        last = 0.0
+        for point in points:
+            if point is not chosen and point.layer_ratio < 1.04 * last:
+                continue
+            last = point.layer_ratio
+            rows.append(
+                [
+                    ("* " if point is chosen else "  ") + str(point.policy),
+                    _percent(point.accuracy),
+                    f"{100 * (point.accuracy - final):+.1f}",
+                    f"{point.layer_ratio:.2f}x",
+                ]
+            )
+    return table(["  policy", "accuracy", "points to final", "layer ratio"], rows)
+
+
+def timing_table(timings: Sequence[Timing]) -> str:
+    """Wall clock beside the layer ratio of the same images; quartiles in brackets."""
+    rows = [
+        [
+            str(timing.batch_size),
+            f"{timing.dense_ms.median:.3f}",
+            f"{timing.early_ms.median:.3f}",
+            f"{timing.ratio.median:.2f}x [{timing.ratio.low:.2f}, {timing.ratio.high:.2f}]",
+            f"{timing.layer_ratio:.2f}x",
+        ]
+        for timing in timings
+    ]
+    header = ["batch", "to the end, ms/image", "early exit, ms/image", "wall clock", "layer ratio"]
+    return table(header, rows)
+
+
+def gain(evaluation: Evaluation) -> str:
+    """One line: what early exit gains here, and what it costs."""
+    chosen, final = evaluation.chosen, evaluation.recording.final_accuracy
+    change = 100 * (chosen.accuracy - final)
+    line = (
+        f"Early exit runs {chosen.layer_ratio:.2f}x fewer blocks per image and answers"
+        f" {100 * chosen.accuracy:.1f} % right, the full model {100 * final:.1f} % ({change:+.1f})"
+    )
+    if not evaluation.timings:
+        return line + "."
+    timing = evaluation.timings[0]
+    return (
+        f"{line}; by the clock it is {timing.ratio.median:.2f}x as fast at batch"
+        f" {timing.batch_size}."
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

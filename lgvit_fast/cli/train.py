@@ -1,0 +1,183 @@
+"""`lgvit-fast train`: every field of `TrainConfig` as an option."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import types
+import typing
+from typing import Any
+
+from lgvit_fast.cli.options import UsageError
+from lgvit_fast.training import Stage1Config, Stage2Config, TrainConfig, TrainResult
+from lgvit_fast.training.config import StageConfig
+
+_NOTES = """\
+Stage 1 trains backbone and heads together; stage 2 freezes the backbone and teaches the heads with it.
+OUTPUT/stage1/best and OUTPUT/stage2/best are saved models; beside them are the checkpoint that --resume
+goes on from, metrics.jsonl and TensorBoard logs.
+
+examples:
+  lgvit-fast train --data photos/ --model vit_small_patch16_224 --pretrained --output run
+  lgvit-fast train --data cifar10/train.tar --val-data cifar10/test.tar --model vit_tiny_patch16_224 \\
+      --model-kwargs img_size=32 patch_size=4 --stage1.epochs 20 --stage2.epochs 5 --output run
+  lgvit-fast train --dataset torch/cifar100 --data ~/data --download --num-classes 100 --output run
+  lgvit-fast train --config run/config.json --resume                  (after an interruption)
+  lgvit-fast train --stage 2 --stage1-from run/stage1/best --data photos/ --output again
+"""
+
+_GROUPS = {
+    "output": "run",
+    "model": "model",
+    "data": "images",
+    "augment": "augmentation",
+    "device": "machine and logs",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field; only those given land in the arguments."""
+    parser.epilog = _NOTES
+    parser.add_argument(
+        "--config", metavar="FILE", help="take every other value from a run's config.json"
+    )
+    group: Any = parser
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[field.name])
+        if field.name not in ("stage1", "stage2"):
+            _add(group, TrainConfig, field, "")
+    for stage, of in (("stage1", Stage1Config), ("stage2", Stage2Config)):
+        group = parser.add_argument_group(f"stage {stage[-1]}")
+        for field in dataclasses.fields(of):
+            _add(group, of, field, f"{stage}.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say where the result is."""
+    from lgvit_fast.training import train
+
+    config = _config(args)
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        print(
+            "\nlgvit-fast train: interrupted; the same command with --resume goes on from the last"
+            " checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
+        _show(result, config)
+    return 0
+
+
+def _show(result: TrainResult, config: TrainConfig) -> None:
+    """How good each stage's best model is, where it lies, and what comes next."""
+    from lgvit_fast.cli.tables import table
+
+    layers = [f"block {spec.layer}" for spec in result.model.exits]
+    rows = [
+        [name, *(f"{100 * accuracy:.1f}" for accuracy in (*s.accuracy.exits, s.accuracy.final))]
+        for name, s in result.stages.items()
+    ]
+    print("\nAccuracy of every classifier on all validation images, %")
+    print(table(["best of", *layers, "final"], rows))
+    skipped = sum(stage.bad_images for stage in result.stages.values())
+    if skipped:
+        print(f"left out unreadable images {skipped} times")
+    best = list(result.stages.values())[-1].best
+    data = config.val_data or config.data
+    named = f" --dataset {config.dataset}" if config.dataset else ""
+    print(f"\nThe model is in {best}. Next:\n  lgvit-fast eval {best} --data {data}{named}")
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    """The config from --config, with what was given besides.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+    values: dict[str, Any] = {}
+    if args.config is not None:
+        values = TrainConfig.load(args.config).to_dict()
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    for name, value in vars(args).items():
+        stage, _, inner = name.rpartition(".")
+        if stage:
+            values.setdefault(stage, {})[inner] = value
+        elif name in known:
+            values[name] = dict(value) if name == "model_kwargs" else value
+    try:
+        return TrainConfig.from_dict(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _add(group: Any, of: type[TrainConfig | StageConfig], field: Any, prefix: str) -> None:
+    """Add a dataclass field as an option, its help from the class's docstring."""
+    kind = typing.get_type_hints(of)[field.name]
+    options: dict[str, Any] = {
+        "dest": prefix + field.name,
+        "default": argparse.SUPPRESS,
+        "help": _help(of, field),
+    }
+    allowed = [part for part in _parts(kind) if part is not type(None)]
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif field.name == "model_kwargs":
+        options.update(nargs="+", type=_pair, metavar="KEY=VALUE")
+    elif field.name == "exits":
+        options.update(type=_exits, metavar="N[,N...]")
+    elif typing.get_origin(kind) is tuple:
+        options.update(nargs=2, type=float, metavar=("LOW", "HIGH"))
+    elif list[str] in allowed:
+        options.update(nargs="+", type=str, metavar="HEAD")
+    elif typing.get_origin(kind) is typing.Literal:
+        options["choices"] = typing.get_args(kind)
+    else:
+        options.update(type=allowed[0], metavar=allowed[0].__name__.upper())
+    group.add_argument(f"--{prefix}{field.name.replace('_', '-')}", **options)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _help(of: type, field: Any) -> str:
+    """What the docstrings say of a field, and its default."""
+    for base in of.__mro__:
+        found = re.search(
+            rf"^ {{8}}{field.name}: (.+?)(?=^ {{8}}\S|^ {{4}}\S|^\s*$|\Z)",
+            base.__doc__ or "",
+            re.MULTILINE | re.DOTALL,
+        )
+        if found:
+            break
+    else:
+        raise LookupError(f"{of.__name__} does not document {field.name}")
+    text = " ".join(found[1].split()).replace("`", "").rstrip(".")
+    if field.default not in (None, "", dataclasses.MISSING):
+        text += f" (default: {field.default})"
+    return text.replace("%", "%%")
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; the value as json, or else as the text that it is."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _exits(text: str) -> int | list[int]:
+    """How many exits, or their blocks."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers

@@ -1,0 +1,183 @@
+"""Two pictures: accuracy against depth, and sample images by the exit they left at."""
+
+from __future__ import annotations
+
+import os
+from itertools import cycle
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lgvit_fast.evaluation.evaluate import Evaluation
+from lgvit_fast.evaluation.tradeoff import curves
+from lgvit_fast.model import LGViT
+from lgvit_fast.training.data import InputSpec
+from lgvit_fast.weights import write_atomic
+
+__all__ = ["denormalise", "plot_exits", "plot_tradeoff"]
+
+_COLOURS = ("#1f77b4", "#e07b00", "#2a9d4a", "#8e5bbf", "#b5477d")
+_GREY, _RED, _INK = "#8a8f98", "#d1242f", "#24292f"
+
+
+def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw accuracy against layer ratio: the swept policies, the chosen one, and fixed exits.
+
+    Args:
+        evaluation: what to draw.
+        path: of the PNG.
+        title: above the picture.
+    """
+    recording, chosen = evaluation.recording, evaluation.chosen
+    figure = Figure(figsize=(7.2, 5.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    final, depth = 100 * recording.final_accuracy, recording.layers[-1]
+    axes.axhline(
+        final,
+        color=_INK,
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=f"every image to the end: {final:.1f} % (band: {evaluation.tolerance:g} below)",
+    )
+    axes.axhspan(final - evaluation.tolerance, final, color=_INK, alpha=0.06, linewidth=0)
+    fixed = [
+        (depth / layer, 100 * accuracy)
+        for layer, accuracy in zip(recording.layers, recording.accuracies, strict=True)
+    ]
+    drawn = [("every image at the same exit", _GREY, fixed)]
+    for (name, points), colour in zip(
+        curves(evaluation.points).items(), cycle(_COLOURS), strict=False
+    ):
+        curve = [(point.layer_ratio, 100 * point.accuracy) for point in points]
+        drawn.append((f"each image at its own exit: {name}", colour, curve))
+    for label, colour, curve in drawn:
+        axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=4, label=label)
+    axes.plot(
+        chosen.layer_ratio,
+        100 * chosen.accuracy,
+        marker="*",
+        markersize=17,
+        color=_RED,
+        markeredgecolor="white",
+        linestyle="none",
+        label=_chosen_label(evaluation),
+        zorder=5,
+    )
+    # so far below the final classifier nobody would go; closer up one would see noise
+    low = max(min(final, 100 * chosen.accuracy) - 12, 0)
+    seen = [place for _, _, curve in drawn for place in curve if place[1] >= low]
+    axes.set_xlim(0.9, 1.06 * max(chosen.layer_ratio, *(ratio for ratio, _ in seen)))
+    heights = [final - 5, *(accuracy for _, accuracy in seen)]
+    axes.set_ylim(min(heights) - 1, max(heights) + 1)
+    axes.set_xlabel(f"layer ratio: all {depth} blocks / blocks run on average")
+    axes.set_ylabel("accuracy, %")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.grid(color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_exits(
+    evaluation: Evaluation, model: LGViT, path: str | os.PathLike[str], columns: int = 12
+) -> None:
+    """Draw sample images in one row per exit, the wrongly answered ones framed in red.
+
+    Args:
+        evaluation: its sample is shown under its chosen policy.
+        model: the model, which is asked where each sample leaves.
+        path: of the PNG.
+        columns: images a row at most.
+    """
+    sample, recording, chosen = evaluation.sample, evaluation.recording, evaluation.chosen
+    device = next(model.parameters()).device
+    answer = model.infer(sample.images.to(device), chosen.policy)
+    exits, predictions = answer.exit_index.cpu(), answer.prediction.cpu()
+    pictures = denormalise(sample.images, InputSpec.of(model.backbone))
+    rows = [row for row, share in enumerate(chosen.shares) if share > 0]
+    names = model.class_names or [str(number) for number in range(model.num_classes)]
+
+    height = 0.45 + 0.66 * len(rows)
+    figure = Figure(figsize=(8.4, height), dpi=150)
+    grid = figure.add_gridspec(
+        len(rows), columns, left=0.26, right=0.995, top=1 - 0.4 / height, bottom=0.05 / height,
+        wspace=0.08, hspace=0.1,
+    )  # fmt: skip
+    line = 1 - 0.08 / height
+    figure.text(0.01, line, "Where images leave", va="top", fontweight="bold", color=_INK)
+    figure.text(
+        0.995,
+        line,
+        "red: wrong, with the answer given",
+        va="top",
+        ha="right",
+        fontsize=8,
+        color=_RED,
+    )
+    right = predictions == sample.targets
+    for place, row in enumerate(rows):
+        box = grid[place, 0].get_position(figure)
+        middle = (box.y0 + box.y1) / 2
+        layer = recording.layers[row]
+        where = f"after block {layer}" + (" (final)" if row == recording.num_exits else "")
+        figure.text(0.01, middle, where, va="bottom", fontsize=9, fontweight="bold", color=_INK)
+        share, accuracy = chosen.shares[row], chosen.exit_accuracy[row] or 0.0
+        summary = f"{100 * share:.1f} % leave, {100 * accuracy:.1f} % right"
+        figure.text(0.01, middle - 0.03 / height, summary, va="top", fontsize=8, color=_GREY)
+        here = (exits == row).nonzero().flatten().tolist()
+        # a wrong answer is rare and tells more: show up to two of them
+        wrong = [index for index in here if not right[index]][:2]
+        shown = [index for index in here if right[index]][: columns - len(wrong)] + wrong
+        for column, index in enumerate(shown):
+            answered = None if right[index] else names[int(predictions[index])]
+            _draw(figure.add_subplot(grid[place, column]), pictures[index], answered)
+    _save(figure, path)
+
+
+def denormalise(images: Tensor, spec: InputSpec) -> Tensor:
+    """Preprocessed images `[n, C, H, W]` as pictures in [0, 1], `[n, H, W, C]` (no C for one)."""
+    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+    pictures = (images.float().cpu() * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1)
+    return pictures[:, 0] if spec.channels == 1 else pictures.permute(0, 2, 3, 1)
+
+
+def _draw(axes: Axes, picture: Tensor, wrong_answer: str | None) -> None:
+    """One sample; the answer in red if it was wrong."""
+    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if wrong_answer is None:
+        axes.spines[:].set(color=_GREY, linewidth=0.4)
+        return
+    axes.spines[:].set(color=_RED, linewidth=2)
+    axes.text(
+        0.06,
+        0.94,
+        wrong_answer[:9],
+        transform=axes.transAxes,
+        va="top",
+        fontsize=7,
+        color="white",
+        bbox={"facecolor": _RED, "edgecolor": "none", "pad": 1},
+    )
+
+
+def _chosen_label(evaluation: Evaluation) -> str:
+    chosen = evaluation.chosen
+    label = f"{chosen.policy}: {100 * chosen.accuracy:.1f} %, {chosen.layer_ratio:.2f}× in layers"
+    if not evaluation.timings:
+        return label
+    timing = evaluation.timings[0]
+    return f"{label}, {timing.ratio.median:.2f}× by the clock at batch {timing.batch_size}"
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    FigureCanvasAgg(figure)
+    write_atomic(path, lambda file: figure.savefig(file, format="png", facecolor="white"))

@@ -1,0 +1,173 @@
+"""Accuracy against depth: policies replayed on recorded logits, and the best of them chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgvit_fast.evaluation.recording import Recording
+from lgvit_fast.ops.exit_step import apply_rule
+from lgvit_fast.policies import Confidence, Entropy, Patience, PatientConfident, Policy
+
+__all__ = [
+    "KINDS",
+    "Point",
+    "candidates",
+    "choose",
+    "curves",
+    "describe",
+    "measure",
+    "replay",
+    "sweep",
+]
+
+KINDS: dict[str, type[Policy]] = {
+    "confidence": Confidence,
+    "entropy": Entropy,
+    "patience": Patience,
+    "patient_confident": PatientConfident,
+}
+
+_CONFIDENCES = (
+    *(0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95),
+    *(0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999),
+)
+_ENTROPIES = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8),
+    *(1.0, 1.25, 1.5, 2.0, 3.0, 4.0),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one policy does to one set of images.
+
+    Attributes:
+        policy: the policy.
+        accuracy: top-1 in [0, 1] of the early-exit answers.
+        layer_ratio: L / mean exit layer, the published "speed-up". It leaves out what heads cost.
+        shares: part of the images in [0, 1] that left at each exit, and that ran to the end.
+        exit_accuracy: top-1 among the images that left at each exit, None where none did.
+    """
+
+    policy: Policy
+    accuracy: float
+    layer_ratio: float
+    shares: tuple[float, ...]
+    exit_accuracy: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As json types."""
+        return {**dataclasses.asdict(self), "policy": describe(self.policy)}
+
+
+def replay(recording: Recording, policy: Policy) -> Tensor:
+    """Where each image leaves under a policy: `[n]` int64, E for the final classifier.
+
+    The same rules on the same state as in `LGViT.infer`, on logits recorded once.
+
+    Raises:
+        ValueError: the policy is for another number of exits.
+    """
+    policy.check(recording.num_exits)
+    count = len(recording.targets)
+    exit_index = torch.full((count,), recording.num_exits)
+    alive, state = torch.arange(count), policy.start(count, torch.device("cpu"))
+    for index in range(recording.num_exits):
+        leave, _ = apply_rule(policy.rule(index), recording.logits[index, alive], state)
+        leave = policy.decide(leave, state, index)
+        exit_index[alive[leave]] = index
+        alive, state = alive[~leave], state[~leave]
+    return exit_index
+
+
+def measure(recording: Recording, policy: Policy) -> Point:
+    """Accuracy, layer ratio, and where the images left under a policy."""
+    exit_index = replay(recording, policy)
+    count = len(exit_index)
+    right = recording.logits[exit_index, torch.arange(count)].argmax(-1) == recording.targets
+    left = torch.bincount(exit_index, minlength=recording.num_exits + 1)
+    right_of_left = torch.bincount(exit_index[right], minlength=recording.num_exits + 1)
+    mean_layer = torch.tensor(recording.layers)[exit_index].double().mean()
+    return Point(
+        policy=policy,
+        accuracy=float(right.double().mean()),
+        layer_ratio=float(recording.layers[-1] / mean_layer),
+        shares=tuple((left / count).tolist()),
+        exit_accuracy=tuple(
+            hits / total if total else None
+            for hits, total in zip(right_of_left.tolist(), left.tolist(), strict=True)
+        ),
+    )
+
+
+def sweep(recording: Recording, policies: Iterable[Policy]) -> list[Point]:
+    """`measure` of each policy, ordered by layer ratio."""
+    points = [measure(recording, policy) for policy in policies]
+    return sorted(points, key=lambda point: point.layer_ratio)
+
+
+def candidates(kind: str, num_exits: int, num_classes: int) -> list[Policy]:
+    """The policies of one kind that are worth a try, from cautious to bold.
+
+    Args:
+        kind: a key of `KINDS`.
+        num_exits: E; nobody can be more patient than that.
+        num_classes: K; an entropy cannot exceed log K nats.
+    """
+    entropies = [t for t in _ENTROPIES if t < math.log(num_classes)] or [_ENTROPIES[0]]
+    if kind == "confidence":
+        return [Confidence(t) for t in reversed(_CONFIDENCES) if t * num_classes > 1]
+    if kind == "entropy":
+        return [Entropy(t) for t in entropies]
+    if kind == "patience":
+        return [Patience(c) for c in range(num_exits, 0, -1)]
+    if kind == "patient_confident":
+        counts = [c for c in (3, 2) if c <= num_exits] or [1]
+        return [PatientConfident(t, c) for c in counts for t in entropies]
+    raise ValueError(f"kind={kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def curves(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """The points of each kind of policy (and patience), one number varying along each, by name."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        name = _words(point.policy)
+        groups.setdefault(name, []).append(point)
+    return groups
+
+
+def choose(points: Sequence[Point], final_accuracy: float, tolerance: float) -> Point | None:
+    """The largest layer ratio that costs at most `tolerance` percentage points of accuracy.
+
+    Args:
+        points: what to choose from; of equal ratios the more accurate one is taken.
+        final_accuracy: in [0, 1], of the final classifier.
+        tolerance: percentage points.
+
+    Returns:
+        None if every point costs more.
+    """
+    floor = final_accuracy - tolerance / 100 - 1e-9
+    good = [point for point in points if point.accuracy >= floor]
+    return max(good, key=lambda point: (point.layer_ratio, point.accuracy), default=None)
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """A policy as json types: its name and its numbers."""
+    numbers: dict[str, Any] = {}
+    if dataclasses.is_dataclass(policy):
+        numbers = dataclasses.asdict(policy)
+    return {"name": type(policy).__name__, **numbers}
+
+
+def _words(policy: Policy) -> str:
+    if isinstance(policy, PatientConfident):
+        return f"patient and confident, {policy.patience} exits"
+    return type(policy).__name__.lower()

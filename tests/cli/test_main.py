@@ -1,0 +1,95 @@
+"""The command as a whole: help, exit codes, messages."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lgvit_fast.cli import COMMANDS, main
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from lgvit_fast.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('torch' in sys.modules, 'timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"lgvit-fast {command}" in capsys.readouterr().out.partition("examples:\n")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["dance"], ["predict"], ["predict", "m", "x.png", "--batch-size", "0"], ["eval", "m"]],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: lgvit-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "confidence", "--threshold", "1.5"], "between 0 and 1"),
+        (["--policy", "confidence", "--threshold", "0.5,0.6"], "the model has 4 exits"),
+        (["--policy", "patience", "--patience", "0"], "at least 1"),
+        (["--policy", "entropy", "--patience", "2"], "takes no --patience"),
+        (["--threshold", "0.5"], "needs --policy"),
+        (["--device", "toaster"], "toaster"),
+        (["--class-map", "{names}"], "names 2 classes, the model has 7"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_are_2(saved, tmp_path, capsys, options, message):
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\n")
+    options = [option.format(names=names) for option in options]
+    assert main(["predict", saved, "x.png", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_no_model_there_is_one_line_and_1(tmp_path, capsys):
+    assert main(["predict", str(tmp_path), "x.png"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("lgvit-fast predict: error: no saved model in")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_damaged_model_is_one_line_and_1(saved, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        with open(f"{saved}/{name}", "rb") as file:
+            (tmp_path / name).write_bytes(file.read())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["predict", str(tmp_path), "x.png"]) == 1
+    error = capsys.readouterr().err
+    assert "not a whole safetensors file" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no saved model"):
+        main(["predict", str(tmp_path), "x.png", "--debug"])
+
+
+def test_it_runs_as_a_module_and_passes_its_exit_code_on(tmp_path):
+    command = [sys.executable, "-m", "lgvit_fast", "predict", str(tmp_path), "x.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr

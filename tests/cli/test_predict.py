@@ -1,0 +1,134 @@
+"""`lgvit-fast predict`: files, folders and standard input to answers."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import lgvit_fast
+from lgvit_fast import Confidence
+from lgvit_fast.cli import main
+from lgvit_fast.training import InputSpec, eval_transform
+from tests.cli.conftest import CLASSES, save_image
+from tests.helpers import tiny_model
+
+
+def rows_of(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def expected(saved, path, policy=None):
+    model = lgvit_fast.LGViT.from_pretrained(saved)
+    with Image.open(path) as image:
+        pixels = eval_transform(InputSpec.of(model.backbone))(image.convert("RGB"))
+    return model.infer(pixels[None], policy)
+
+
+def test_a_folder_with_bad_files_is_answered_and_reported(saved, photos, capsys):
+    assert main(["predict", saved, str(photos), "--batch-size", "3"]) == 1
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    names = [row["path"].removeprefix(f"{photos}/") for row in rows]
+    assert names == sorted(names) == [*(f"deep/{n}.png" for n in range(5)), "text.png", "torn.jpg"]
+    assert "UnidentifiedImageError" in rows[5]["error"]
+    assert "truncated" in rows[6]["error"]
+    assert "2 files" in captured.err
+    for row in rows[:5]:
+        answer = expected(saved, row["path"])
+        assert row["class_index"] == int(answer.prediction)
+        assert row["label"] == CLASSES[row["class_index"]]
+        assert row["confidence"] == pytest.approx(float(answer.confidence), abs=1e-4)
+        assert row["exit_layer"] == int(answer.exit_layer)
+        assert row["milliseconds"] > 0
+
+
+def test_the_order_is_the_one_given(saved, photos, capsys):
+    paths = [str(photos / name) for name in ("deep/3.png", "torn.jpg", "deep/0.png", "gone.png")]
+    assert main(["predict", saved, *paths]) == 1
+    rows = rows_of(capsys)
+    assert [row["path"] for row in rows] == paths
+    assert ["error" in row for row in rows] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ([], Confidence()),
+        (["--policy", "confidence", "--threshold", "0"], Confidence(0.0)),
+        (["--policy", "entropy", "--threshold", "1.4"], lgvit_fast.Entropy(1.4)),
+        (["--policy", "patience", "--patience", "2"], lgvit_fast.Patience(2)),
+        (["--policy", "confidence", "--threshold", "1,1,0,1"], Confidence([1.0, 1.0, 0.0, 1.0])),
+    ],
+    ids=str,
+)
+def test_the_policy_decides_where_images_leave(saved, photos, capsys, options, policy):
+    assert main(["predict", saved, str(photos / "deep"), *options]) == 0
+    for row in rows_of(capsys):
+        assert row["exit_layer"] == int(expected(saved, row["path"], policy).exit_layer)
+
+
+def test_the_saved_policy_is_the_default(tmp_path, photos, capsys):
+    model = tiny_model(exits=4)
+    model.policy = Confidence([1.0, 0.0, 1.0, 1.0])
+    model.save_pretrained(tmp_path / "m")
+    assert main(["predict", str(tmp_path / "m"), str(photos / "deep")]) == 0
+    rows = rows_of(capsys)
+    assert {row["exit_layer"] for row in rows} == {model.exits[1].layer}
+    assert all(row["label"] == str(row["class_index"]) for row in rows)  # it has no names
+
+
+def test_csv(saved, photos, capsys):
+    assert main(["predict", saved, str(photos), "--format", "csv"]) == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 7
+    assert [bool(row["error"]) for row in rows] == [False] * 5 + [True] * 2
+    assert all(row["label"] in CLASSES for row in rows[:5])
+
+
+def test_class_map(saved, photos, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"kind {n}" for n in range(7)))
+    assert main(["predict", saved, str(photos / "deep"), "--class-map", str(names)]) == 0
+    assert all(row["label"] == f"kind {row['class_index']}" for row in rows_of(capsys))
+
+
+def test_standard_input(saved, photos, monkeypatch, capsys):
+    paths = [str(photos / "deep" / f"{number}.png") for number in (4, 1)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(paths) + "\n"))
+    assert main(["predict", saved, "-"]) == 0
+    assert [row["path"] for row in rows_of(capsys)] == paths
+
+
+def test_nothing_on_standard_input_is_no_error(saved, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["predict", saved, "-"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_without_images_is_an_error(saved, tmp_path, capsys):
+    assert main(["predict", saved, str(tmp_path)]) == 1
+    assert "no images in the folder" in capsys.readouterr().err
+
+
+def test_a_model_for_grey_images_takes_any(tmp_path, capsys):
+    tiny_model(exits=2, in_chans=1).save_pretrained(tmp_path / "m")
+    save_image(tmp_path / "colour.png", 0)
+    Image.new("LA", (9, 50), (3, 90)).save(tmp_path / "grey.png")
+    Image.new("P", (50, 9), 3).save(tmp_path / "palette.png")
+    assert main(["predict", str(tmp_path / "m"), str(tmp_path)]) == 0
+    assert len(rows_of(capsys)) == 3
+
+
+def test_an_image_the_model_cannot_digest_is_reported(tmp_path, photos, capsys):
+    model = tiny_model(exits=2)
+    with torch.no_grad():
+        model.backbone.head.bias[0] = float("nan")
+    model.policy = Confidence(1.0)
+    model.save_pretrained(tmp_path / "m")
+    assert main(["predict", str(tmp_path / "m"), str(photos / "deep" / "0.png")]) == 1
+    (row,) = rows_of(capsys)
+    assert "not finite" in row["error"]

@@ -1,0 +1,42 @@
+"""Wall clock: what is compared and how it is told; never how long it took."""
+
+import pytest
+import torch
+
+from lgvit_fast import Replay
+from lgvit_fast.evaluation import Spread, compare
+from tests.helpers import images, tiny_model
+
+
+def test_both_sides_see_all_images_in_alternating_rounds(monkeypatch):
+    model, calls = tiny_model(exits=2), []
+    dense, early = model.backbone.forward, model.infer
+    monkeypatch.setattr(
+        model.backbone, "forward", lambda x: calls.append(("dense", len(x))) or dense(x)
+    )
+    monkeypatch.setattr(model, "infer", lambda x, p: calls.append(("early", len(x))) or early(x, p))
+    timing = compare(model, images(5), batch_size=2, rounds=2, warmup=1)
+    turns = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert all([size for _, size in turn] == [2, 2, 1] for turn in turns)
+    assert [turn[0][0] for turn in turns] == ["early", "dense", "dense", "early", "early", "dense"]
+    assert (timing.batch_size, timing.images, timing.rounds) == (2, 5, 2)
+    for spread in (timing.dense_ms, timing.early_ms, timing.ratio):
+        assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_the_layer_ratio_is_of_the_images_timed():
+    model = tiny_model(exits=[2, 4])
+    timing = compare(model, images(4), Replay([0, 0, 1, 2]), batch_size=4, rounds=1, warmup=0)
+    assert timing.layer_ratio == pytest.approx(6 / ((2 + 2 + 4 + 6) / 4))
+
+
+def test_spread_gives_quartiles():
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "options"), [(0, {}), (2, {"rounds": 0}), (2, {"batch_size": 0})], ids=str
+)
+def test_nothing_to_time_is_refused(count, options):
+    with pytest.raises(ValueError, match="expected at least 1 each"):
+        compare(tiny_model(exits=2), torch.zeros(count, 3, 32, 32), **options)
