@@ -105,7 +105,7 @@ class LGViT(PretrainedMixin, nn.Module):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        self._policy = self._fitting(policy)
+        self._policy = self.fitting(policy)
 
     def forward(self, images: Tensor) -> ExitOutputs | Tensor:
         """`ExitOutputs` in train mode, logits `[B, K]` with early exit in eval mode."""
@@ -190,7 +190,7 @@ class LGViT(PretrainedMixin, nn.Module):
         if self.training:
             raise RuntimeError("infer needs eval mode: call model.eval() first")
         self.adapter.check_images(images)
-        return self._policy if policy is None else self._fitting(policy)
+        return self._policy if policy is None else self.fitting(policy)
 
     def prepare(self) -> None:
         """Fold the heads' weights for inference, where they changed. `infer` does it by itself."""
@@ -243,7 +243,8 @@ class LGViT(PretrainedMixin, nn.Module):
     def _heads(self) -> list[ExitHead]:
         return cast(list[ExitHead], list(self.exit_heads))
 
-    def _fitting(self, policy: Policy) -> Policy:
+    def fitting(self, policy: Policy) -> Policy:
+        """The policy itself; ValueError unless it is one and fits the number of exits."""
         if not isinstance(policy, Policy):
             raise ValueError(
                 f"policy={policy!r}, expected a lgvit_fast policy such as Confidence(0.8)"

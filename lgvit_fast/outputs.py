@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,14 @@ class Inference:
         self.exit_index.index_fill_(0, rows, index)
         self.exit_layer.index_fill_(0, rows, layer)
         self.nonfinite.index_copy_(0, rows, self.nonfinite[rows] | ~step.valid)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inference:
+        """Apply a function to every tensor."""
+        return Inference(*map(function, self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All tensors, as listed above."""
+        return self.logits, self.exit_index, self.exit_layer, self.nonfinite
 
     @property
     def prediction(self) -> Tensor:

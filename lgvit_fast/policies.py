@@ -27,7 +27,13 @@ class Policy:
 
     def start(self, batch: int, device: torch.device) -> Tensor:
         """State of a fresh batch: `[B, 2]` int32, run length 0 and no last class (-1)."""
-        return torch.tensor([0, -1], dtype=torch.int32, device=device).repeat(batch, 1)
+        state = torch.full((batch, 2), -1, dtype=torch.int32, device=device)
+        state[:, 0] = 0
+        return state
+
+    def part(self, start: int, stop: int) -> Policy:
+        """The policy as it stands for images `start` to `stop - 1` of a batch or stream."""
+        return self
 
     def rule(self, exit_index: int) -> ExitRule:
         """The rule of an exit, counted from 0."""
@@ -154,6 +160,9 @@ class Replay(Policy):
                 f"Replay scripts {self.exit_index.numel()} images, the batch has {batch}"
             )
         return self.exit_index.to(device)[:, None].repeat(1, 2)
+
+    def part(self, start: int, stop: int) -> Replay:
+        return Replay(self.exit_index[start:stop])
 
     def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
         return state[:, 0] <= exit_index

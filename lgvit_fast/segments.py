@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -71,13 +73,24 @@ class Segment(nn.Module):
 
 
 def cut(
-    adapter: Backbone, layers: tuple[int, ...], heads: tuple[ExitHead, ...]
+    adapter: Backbone,
+    layers: Sequence[int],
+    heads: Sequence[ExitHead],
+    asked: Sequence[int] | None = None,
 ) -> tuple[Segment, ...]:
-    """All segments of a model whose `heads` sit behind the blocks `layers` (from 1), E + 1 of them."""
-    stops = (*layers, adapter.num_blocks)
+    """The segments of a model, one for each exit asked and the last.
+
+    Args:
+        adapter: the backbone.
+        layers: the block of each exit, from 1.
+        heads: the head of each exit.
+        asked: numbers (from 0, increasing) of the exits to ask; None asks all.
+    """
+    asked = range(len(layers)) if asked is None else asked
+    starts = [0, *(layers[i] for i in asked)]
+    ends: list[tuple[int, int, ExitHead | None]] = [(i, layers[i], heads[i]) for i in asked]
+    ends.append((len(layers), adapter.num_blocks, None))
     return tuple(
         Segment(adapter, index, start, stop, head)
-        for index, (start, stop, head) in enumerate(
-            zip((0, *layers), stops, (*heads, None), strict=True)
-        )
+        for start, (index, stop, head) in zip(starts, ends, strict=True)
     )

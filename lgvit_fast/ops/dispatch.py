@@ -127,6 +127,11 @@ def report(device: torch.device | str) -> list[OpReport]:
     return [op.report(torch.device(device)) for op in _registry.values()]
 
 
+def chosen_backend() -> str:
+    """The choice in force in this thread: "auto", "triton", "cpp" or "torch"."""
+    return _choice.get()
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Sets the backend of every op inside a ``with`` block, in this thread only.

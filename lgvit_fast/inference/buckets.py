@@ -1,0 +1,217 @@
+"""Segments at a few fixed batch sizes on static buffers: what a CUDA graph can replay.
+
+All segments read their input from one set of buffers and leave the survivors in its first rows, so
+any segment can follow at any batch size. Rows beyond the survivors are padding: they hold leftovers
+of images that left, write their answers to a spare row, and can meet no real row, since every
+operation of a segment treats rows independently.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgvit_fast.inference.report import Tally
+from lgvit_fast.outputs import Inference
+from lgvit_fast.policies import Policy
+from lgvit_fast.segments import Segment
+
+__all__ = ["BucketRunner", "capture_eager", "capture_graph", "default_buckets"]
+
+Capture = Callable[[Callable[[], None], Any], Callable[[], None]]
+
+
+def default_buckets(max_batch: int) -> tuple[int, ...]:
+    """Powers of two to 8, then a sixteenth of `max_batch` apart: at most that many rows of padding.
+
+    Steps are multiples of 8, which GEMM tiles like.
+    """
+    step = max(8, -(-max_batch // 128) * 8)
+    small = [size for size in (1, 2, 4, 8) if size < max_batch]
+    return (*small, *range(step * 2 if step == 8 else step, max_batch, step), max_batch)
+
+
+def capture_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Record the kernels that `work` launches as a CUDA graph. Run `work` before, to warm it up."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
+
+
+def capture_eager(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """No graph: the same buffers and batch sizes, each kernel launched anew. Runs on any device."""
+    return work
+
+
+class BucketRunner:
+    """Runs batches through segments captured at the sizes in `buckets`.
+
+    Args:
+        segments: from shallow to deep; their heads are prepared.
+        policy: its rules become part of what is captured; `run` may get another policy that has the
+            same rules and reads only the state (see `policy_key`).
+        buckets: increasing batch sizes; the last is the largest batch.
+        sample: `[1, channels, height, width]`, an image like those to come.
+        blank: makes an empty `Inference` of so many rows.
+        capture: `capture_graph` or `capture_eager`.
+        speculate: launch the next segment before this one's survivors have been counted.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        policy: Policy,
+        buckets: Sequence[int],
+        sample: Tensor,
+        blank: Callable[[int], Inference],
+        capture: Capture,
+        speculate: bool = False,
+    ) -> None:
+        device, rows = sample.device, buckets[-1]
+        self._segments, self._policy = segments, policy
+        self._buckets, self._capture, self._speculate = tuple(buckets), capture, speculate
+        self._image_size = (sample.shape[2], sample.shape[3])
+        self._spare = rows  # the answer row that padding writes to
+        state = policy.part(0, 1).start(1, device)
+        self.images = sample.new_zeros(rows, *sample.shape[1:])
+        self.tokens = self._buffers(sample, state.clone())
+        self.state = state.new_zeros(rows, *state.shape[1:])
+        self.alive = torch.full((rows,), self._spare, device=device)
+        self.answer = blank(rows + 1)
+        self._rows = torch.arange(rows, device=device)
+        on_gpu = device.type == "cuda"
+        self.counts = torch.zeros(len(segments), dtype=torch.int64, pin_memory=on_gpu)
+        self._events = [torch.cuda.Event() if on_gpu else None for _ in segments]
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._done = torch.cuda.Event() if on_gpu else None
+        self._steps: dict[tuple[int, int], Callable[[], None]] = {}
+
+    def run(self, images: Tensor, policy: Policy, tally: Tally) -> Inference:
+        """Answer `[B, ...]` images, 1 <= B <= the largest bucket. Waits at most once per exit."""
+        batch = len(images)
+        if self._done is not None:  # an earlier run on another stream may still use the buffers
+            torch.cuda.current_stream(images.device).wait_event(self._done)
+        self.images[:batch].copy_(images)
+        self.state[:batch].copy_(policy.start(batch, images.device))
+        self.alive.fill_(self._spare)
+        self.alive[:batch].copy_(self._rows[:batch])
+        self.answer.nonfinite.zero_()
+
+        known = arrived = batch  # what the host knows of, and what really entered a segment
+        for place, segment in enumerate(self._segments):
+            bucket = self._bucket(known)
+            self._step(place, bucket)()
+            self._mark(place)
+            launched = known
+            if self._speculate and place:
+                known = arrived = self._count(place - 1)
+            elif not self._speculate and not segment.is_last:
+                known = self._count(place)
+            tally.add(place, arrived, padded=bucket - launched, wasted=launched - arrived)
+            if not known:
+                break
+            arrived = known
+        answer = self.answer.map(lambda t: t[:batch].clone())
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(images.device))
+        return answer
+
+    def warm_up(self) -> None:
+        """Capture every segment at every size now instead of when it is first needed."""
+        for place in range(len(self._segments)):
+            for bucket in self._buckets:
+                self._step(place, bucket)
+
+    def _buffers(self, sample: Tensor, state: Tensor) -> list[Tensor]:
+        """What each segment reads; segments whose tokens have one shape share a buffer."""
+        buffers = [self.images]
+        shared: dict[Any, Tensor] = {}
+        tokens = sample
+        for segment in self._segments[:-1]:
+            tokens, _ = self._segment(segment, tokens, state)
+            kind = (tokens.shape[1:], tokens.dtype)
+            if kind not in shared:
+                shared[kind] = tokens.new_zeros(len(self.images), *tokens.shape[1:])
+            buffers.append(shared[kind])
+        return buffers
+
+    def _bucket(self, count: int) -> int:
+        return self._buckets[bisect_left(self._buckets, count)]
+
+    def _step(self, place: int, bucket: int) -> Callable[[], None]:
+        if (place, bucket) not in self._steps:
+            self._steps[place, bucket] = self._captured(place, bucket)
+        return self._steps[place, bucket]
+
+    def _captured(self, place: int, bucket: int) -> Callable[[], None]:
+        def work() -> None:
+            self._work(place, bucket)
+
+        # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
+        # the segment on what is in the buffers, so they are put back.
+        buffers = (*self.tokens[1:], self.state, self.alive, *self.answer.tensors())
+        saved = [buffer.clone() for buffer in buffers]
+        if self._pool is not None:
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                work()
+                work()
+            current.wait_stream(side)
+        else:
+            work()
+        step = self._capture(work, self._pool)
+        for buffer, content in zip(buffers, saved, strict=True):
+            buffer.copy_(content)
+        return step
+
+    def _work(self, place: int, bucket: int) -> None:
+        """One segment on the first `bucket` rows; its survivors end up in the first rows."""
+        segment = self._segments[place]
+        state, alive = self.state[:bucket], self.alive[:bucket]
+        tokens, step = self._segment(segment, self.tokens[place][:bucket], state)
+        self.answer.record(alive, segment.index, segment.stop, step)
+        if segment.is_last:
+            return
+        leave = self._policy.decide(step.leave, state, segment.index)
+        keep = ~leave & (alive != self._spare)
+        order, count = _survivors_first(keep)
+        torch.index_select(tokens, 0, order, out=self.tokens[place + 1][:bucket])
+        state.copy_(state[order])
+        padding = torch.arange(bucket, device=count.device) >= count
+        alive.copy_(alive[order].masked_fill_(padding, self._spare))
+        self.counts[place].copy_(count, non_blocking=True)
+
+    def _segment(self, segment: Segment, source: Tensor, state: Tensor) -> tuple[Tensor, Any]:
+        tokens = segment.adapter.embed(source) if segment.start == 0 else source
+        grid = segment.adapter.patch_grid(self._image_size, segment.stop)
+        return segment(tokens, state, grid, segment.rule(self._policy))
+
+    def _mark(self, place: int) -> None:
+        event = self._events[place]
+        if event is not None:
+            event.record(torch.cuda.current_stream(self.images.device))
+
+    def _count(self, place: int) -> int:
+        """Survivors of a segment that was launched: the one wait."""
+        event = self._events[place]
+        if event is not None:
+            event.synchronize()
+        return int(self.counts[place])
+
+
+def _survivors_first(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The order `[B]` that puts rows to keep before the others, each in their order, and how many.
+
+    Sizes do not depend on the values, so a graph can hold it.
+    """
+    kept = keep.cumsum(0)
+    count = kept[-1]
+    rows = torch.arange(len(keep), device=keep.device)
+    place = torch.where(keep, kept - 1, count + rows - kept)
+    return torch.empty_like(rows).scatter_(0, place, rows), count

@@ -1,0 +1,277 @@
+"""The engine: a model's `infer`, made fast by preparing once what every batch needs."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from lgvit_fast.backbones import adapt
+from lgvit_fast.heads import ExitHead
+from lgvit_fast.inference.buckets import (
+    BucketRunner,
+    capture_eager,
+    capture_graph,
+    default_buckets,
+)
+from lgvit_fast.inference.changes import Watch
+from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
+from lgvit_fast.inference.report import Report, Tally
+from lgvit_fast.model import LGViT
+from lgvit_fast.ops.compact import compact_
+from lgvit_fast.ops.dispatch import chosen_backend
+from lgvit_fast.outputs import Inference
+from lgvit_fast.policies import Policy, Replay
+from lgvit_fast.segments import Segment, cut
+
+__all__ = ["Engine"]
+
+_logger = logging.getLogger("lgvit_fast")
+_MAX_RUNNERS = 4  # kept at once: sets of graphs for other image sizes, dtypes or policy rules
+
+
+class Engine:
+    """Answers batches as `model.infer` does, faster.
+
+    On a GPU the segments are captured as CUDA graphs at a few batch sizes, and the host waits once per
+    exit, for the number of survivors. On the CPU the backbone's linear layers run on the fastest
+    library the machine has. Weights are shared with the model; when they change, what was made from
+    them is made anew at the next call. Calls from several threads take turns.
+
+    Args:
+        model: in eval mode when called.
+        max_batch: larger batches are answered in parts.
+        graphs: True: CUDA graphs, or an error where there are none. False: launch every kernel. None:
+            graphs on a GPU if they can be captured. "eager": the batch sizes and buffers of graphs
+            without the graphs, on any device, to look for faults.
+        compile: `torch.compile` the backbone's blocks.
+        exits: the layers whose exits to ask (see `plan_exits`); None asks all. Policies that count
+            exits in a row count those asked.
+        buckets: batch sizes to capture, increasing; None takes `default_buckets(max_batch)`.
+        speculate: with graphs, launch each segment before the survivors of the one before it have been
+            counted. Hides the wait, and wastes what `report().wasted_share` says.
+        prepare: use prepared linear layers on the CPU.
+
+    Raises:
+        ValueError: an argument out of range, or `graphs=True` for a model that is not on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: LGViT,
+        max_batch: int = 256,
+        *,
+        graphs: bool | Literal["eager"] | None = None,
+        compile: bool = False,
+        exits: Sequence[int] | None = None,
+        buckets: Sequence[int] | None = None,
+        speculate: bool = False,
+        prepare: bool = True,
+    ) -> None:
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise ValueError(f"max_batch={max_batch!r}, expected an integer of at least 1")
+        if graphs not in (True, False, None, "eager"):
+            raise ValueError(f"graphs={graphs!r}, expected True, False, None or 'eager'")
+        device = next(model.parameters()).device
+        if graphs is True and device.type != "cuda":
+            raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {device}")
+        self.model, self.max_batch = model, max_batch
+        self.exits = _checked_exits(model, exits)
+        self._buckets = _checked_buckets(buckets, max_batch)
+        self._graphs, self._compile = graphs, compile
+        self._speculate, self._prepare = speculate, prepare
+        self._lock = Lock()
+        self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
+        self._segments: tuple[Segment, ...] = ()
+        self._watch: Watch | None = None
+        self._folded: tuple[object, ...] = ()
+        self._generation = 0
+        self.reset_report()
+
+    def __call__(self, images: Tensor, policy: Policy | None = None) -> Inference:
+        """What `model.infer(images, policy)` answers, in input order.
+
+        Args:
+            images: `[B, channels, height, width]` on the model's device; any B.
+            policy: None takes `model.policy`.
+
+        Raises:
+            RuntimeError: the model is in train mode; or graphs were asked for and cannot be captured.
+            ValueError: as `LGViT.infer`.
+        """
+        policy = self.model.admit(images, policy)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._refresh()
+            parts = [
+                self._run(images[start : start + self.max_batch], policy, start)
+                for start in range(0, max(1, len(images)), self.max_batch)
+            ]
+        if len(parts) == 1:
+            return parts[0]
+        fields = zip(*(part.tensors() for part in parts), strict=True)
+        return Inference(*(torch.cat(field) for field in fields))
+
+    @property
+    def generation(self) -> int:
+        """Counts how often the segments had to be made anew."""
+        return self._generation
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments as the engine runs them, prepared from the weights as they are now."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._refresh()
+            return self._segments
+
+    def warm_up(self, images: Tensor, policy: Policy | None = None) -> None:
+        """Do now what the first calls would do: fold, compile, measure, capture.
+
+        Args:
+            images: `[B, channels, height, width]`, any like those to come; they are answered once.
+            policy: None takes `model.policy`.
+        """
+        self(images, policy)
+        for runner in self._runners.values():
+            with self._lock, torch.inference_mode(False), torch.no_grad():
+                runner.warm_up()
+        self.reset_report()
+
+    def release(self) -> None:
+        """Free graphs, buffers and prepared weights; the next call makes them anew."""
+        with self._lock:
+            self._forget()
+
+    def report(self) -> Report:
+        """Batches, padding and waste since the engine was made or `reset_report` called."""
+        return self._tally.report()
+
+    def reset_report(self) -> None:
+        self._tally = Tally((*self.exits, self.model.num_blocks))
+
+    def _run(self, images: Tensor, policy: Policy, start: int) -> Inference:
+        """Answer what is one part of a batch, from image `start` on."""
+        if not len(images):
+            return self._blank(0, images.device)
+        policy = policy.part(start, start + len(images))
+        if self._graphs or (self._graphs is None and images.device.type == "cuda"):
+            try:
+                return self._runner(images, policy).run(images, policy, self._tally)
+            except RuntimeError as error:
+                if self._graphs is not None:
+                    raise
+                _logger.warning("CUDA graphs are off: %s", error)
+                self._graphs = False
+                self._runners.clear()
+        return self._run_plain(images, policy)
+
+    def _run_plain(self, images: Tensor, policy: Policy) -> Inference:
+        """The loop of `LGViT.infer` over the engine's segments."""
+        adapter, size = self._segments[0].adapter, (images.shape[2], images.shape[3])
+        answer = self._blank(len(images), images.device)
+        tokens = adapter.embed(images)
+        alive = torch.arange(len(images), device=images.device)
+        state = policy.start(len(images), images.device)
+        for place, segment in enumerate(self._segments):
+            grid = adapter.patch_grid(size, segment.stop)
+            tokens, step = segment(tokens, state, grid, segment.rule(policy))
+            self._tally.add(place, len(tokens))
+            answer.record(alive, segment.index, segment.stop, step)
+            if segment.is_last:
+                break
+            keep = ~policy.decide(step.leave, state, segment.index)
+            count = compact_(tokens, keep, alive, state)
+            if not count:
+                break
+            tokens, alive, state = tokens[:count], alive[:count], state[:count]
+        return answer
+
+    def _runner(self, images: Tensor, policy: Policy) -> BucketRunner:
+        kind = (images.shape[1:], images.dtype, chosen_backend())
+        key = (*kind, _policy_key(policy, self._segments))
+        if key not in self._runners:
+            self._runners[key] = BucketRunner(
+                self._segments,
+                policy,
+                self._buckets,
+                images[:1],
+                partial(self._blank, device=images.device),
+                capture_eager if self._graphs == "eager" else capture_graph,
+                self._speculate,
+            )
+            while len(self._runners) > _MAX_RUNNERS:
+                self._runners.popitem(last=False)
+        self._runners.move_to_end(key)
+        return self._runners[key]
+
+    def _blank(self, batch: int, device: torch.device) -> Inference:
+        return Inference.blank(batch, self.model.num_classes, self.model.compute_dtype, device)
+
+    def _refresh(self) -> None:
+        """Make what is missing or was made from weights that are no more."""
+        if self.model.training:
+            raise RuntimeError("the model is in train mode: call model.eval() first")
+        if self._watch is None or self._watch.changed():
+            self._forget()
+            self._segments = self._cut()
+            self._watch = Watch(self.model)
+        folds = self._folds()
+        if len(folds) != len(self._folded) or any(
+            new is not old for new, old in zip(folds, self._folded, strict=True)
+        ):
+            self._runners.clear()  # graphs hold the addresses of folded weights
+            self.model.prepare()
+            self._generation += 1
+            self._folded = self._folds()
+
+    def _forget(self) -> None:
+        self._runners.clear()
+        self._segments, self._watch, self._folded = (), None, ()
+
+    def _cut(self) -> tuple[Segment, ...]:
+        backbone, adapter = self.model.backbone, self.model.adapter
+        if self._compile:
+            blocks = [adapter.parts(i, i + 1)[0] for i in range(adapter.num_blocks)]
+            adapter = adapt(compiled_twin(backbone, blocks))
+        elif self._prepare and next(backbone.parameters()).device.type == "cpu":
+            adapter = adapt(prepared_twin(backbone))
+        layers = [spec.layer for spec in self.model.exits]
+        heads = cast(list[ExitHead], list(self.model.exit_heads))
+        return cut(adapter, layers, heads, [layers.index(layer) for layer in self.exits])
+
+    def _folds(self) -> tuple[object, ...]:
+        heads = cast(list[ExitHead], list(self.model.exit_heads))
+        return (self.model.compute_dtype, *(head.folded for head in heads))
+
+
+def _policy_key(policy: Policy, segments: Sequence[Segment]) -> Hashable:
+    """What a captured segment takes from a policy: its rules, and how it decides."""
+    rules = tuple(segment.rule(policy) for segment in segments)
+    reads_only_state = type(policy).decide in (Policy.decide, Replay.decide)
+    return type(policy), rules, None if reads_only_state else id(policy)
+
+
+def _checked_exits(model: LGViT, exits: Sequence[int] | None) -> tuple[int, ...]:
+    layers = tuple(spec.layer for spec in model.exits)
+    if exits is None:
+        return layers
+    unknown = [layer for layer in exits if layer not in layers]
+    if unknown or list(exits) != sorted(set(exits)):
+        raise ValueError(f"exits={list(exits)}, expected increasing layers out of {list(layers)}")
+    return tuple(exits)
+
+
+def _checked_buckets(buckets: Sequence[int] | None, max_batch: int) -> tuple[int, ...]:
+    if buckets is None:
+        return default_buckets(max_batch)
+    sizes = tuple(buckets)
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)) or sizes[-1] != max_batch:
+        raise ValueError(
+            f"buckets={sizes}, expected increasing batch sizes that end with max_batch={max_batch}"
+        )
+    return sizes

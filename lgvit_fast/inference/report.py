@@ -1,0 +1,89 @@
+"""What an engine did: batch sizes, padding, waste."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Report", "SegmentReport", "Tally"]
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """One segment's work.
+
+    Attributes:
+        layer: the block it ends with, from 1.
+        runs: how often it ran.
+        images: rows that were images still on their way.
+        padded: rows added to fill a bucket.
+        wasted: rows of images that had already left, run because nobody had counted yet.
+    """
+
+    layer: int
+    runs: int
+    images: int
+    padded: int
+    wasted: int
+
+    @property
+    def mean_batch(self) -> float:
+        """Images a run."""
+        return self.images / self.runs if self.runs else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Work since an engine or stream was made, or since the last reset.
+
+    Attributes:
+        segments: shallow to deep.
+        forced: runs of a stream made with less than a full batch, because images had waited long
+            enough or no more came; 0 for an engine.
+    """
+
+    segments: tuple[SegmentReport, ...]
+    forced: int = 0
+
+    @property
+    def padded_share(self) -> float:
+        """Share of all rows run that were padding."""
+        return self._share(sum(s.padded for s in self.segments))
+
+    @property
+    def wasted_share(self) -> float:
+        """Share of all rows run that were images which had already left."""
+        return self._share(sum(s.wasted for s in self.segments))
+
+    def _share(self, rows: int) -> float:
+        total = sum(s.images + s.padded + s.wasted for s in self.segments)
+        return rows / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{'to layer':>8} {'runs':>7} {'images':>9} {'mean batch':>10}"]
+        lines += [
+            f"{s.layer:>8} {s.runs:>7} {s.images:>9} {s.mean_batch:>10.1f}" for s in self.segments
+        ]
+        lines.append(
+            f"padded {self.padded_share:.1%}, wasted {self.wasted_share:.1%},"
+            f" runs below a full batch {self.forced}"
+        )
+        return "\n".join(lines)
+
+
+class Tally:
+    """Counts rows by segment."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self._layers = layers
+        self.forced = 0
+        self._counts = [[0, 0, 0, 0] for _ in layers]
+
+    def add(self, place: int, images: int, padded: int = 0, wasted: int = 0) -> None:
+        """Count one run of the segment at `place`."""
+        for i, number in enumerate((1, images, padded, wasted)):
+            self._counts[place][i] += number
+
+    def report(self) -> Report:
+        """The counts so far."""
+        rows = zip(self._layers, self._counts, strict=True)
+        return Report(tuple(SegmentReport(layer, *counts) for layer, counts in rows), self.forced)
