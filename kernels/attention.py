@@ -166,7 +166,7 @@ def attention(qkv: Tensor, num_heads: int, *, precision: str = "ieee") -> tuple[
     out = qkv.new_empty((batch, count, width))
     level = qkv.new_empty((batch, num_heads, count), dtype=torch.float32)
     if out.numel():
-        programs, shape = _launch(qkv, num_heads)
+        programs, shape = _launch(qkv, num_heads, "forward")
         scale = (width // num_heads) ** -0.5 * 1.4426950408889634
         with on_device(qkv):
             attention_kernel[programs](
@@ -204,7 +204,7 @@ def attention_backward(
     )
     result = torch.empty_like(qkv)
     if result.numel():
-        programs, shape = _launch(qkv, num_heads)
+        programs, shape = _launch(qkv, num_heads, "backward")
         with on_device(qkv):
             attention_backward_kernel[programs](
                 qkv, out.contiguous(), level.contiguous(), gradient.to(qkv.dtype).contiguous(),
@@ -229,12 +229,22 @@ def _check(qkv: Tensor, num_heads: int) -> tuple[Tensor, int]:
     return qkv.contiguous(), width
 
 
-def _launch(qkv: Tensor, num_heads: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the tile. Pooled grids are small (25, 49, 196 tokens): nothing to tune."""
+# By use and width of the dtype: tile, warps, stages and the registers ptxas may take (None: its own
+# choice). Pooled grids are small: there is nothing to tune, these are what compiles without spills.
+_SHAPES = {
+    ("forward", 2): (64, 8, 2, 255),
+    ("forward", 4): (32, 8, 2, None),
+    ("backward", 2): (32, 4, 1, None),
+    ("backward", 4): (16, 8, 1, None),
+}
+
+
+def _launch(qkv: Tensor, num_heads: int, use: str) -> tuple[tuple[int], dict[str, int | None]]:
+    """The grid, and the keyword arguments that say how to compile."""
     batch, count, columns = qkv.shape
-    largest = 32 if qkv.dtype == torch.float32 else 64
+    largest, warps, stages, registers = _SHAPES[use, qkv.element_size()]
     block = min(largest, max(16, triton.next_power_of_2(count)))
     block_d = max(16, triton.next_power_of_2(columns // 3 // num_heads))
-    programs = batch * num_heads * triton.cdiv(count, block)
     shape = {"C": columns // 3, "HEADS": num_heads, "BLOCK": block, "BLOCK_D": block_d}
-    return (programs,), shape | {"num_warps": 8 if block * block_d >= 4096 else 4, "num_stages": 2}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    return (batch * num_heads * triton.cdiv(count, block),), shape | options

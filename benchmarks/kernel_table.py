@@ -1,0 +1,353 @@
+"""Compiles every Triton kernel ahead of time and tabulates what the machine code needs.
+
+No GPU is asked for: launches at ViT-B/16 sizes are recorded on tensors without memory, and each is
+compiled as it would be for six architectures, with the configuration the autotuner tries first.
+
+    python -m benchmarks.kernel_table            print the table
+    python -m benchmarks.kernel_table --check    compare it with kernel_budget.json; exit 1 if beyond
+    python -m benchmarks.kernel_table --write    rewrite the budget and the table in docs/kernels.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lgvit_fast.kernels import attention, common, depthwise, exit_step, gah, lph
+
+ROOT = Path(__file__).parents[1]
+BUDGET = ROOT / "benchmarks" / "kernel_budget.json"
+DOCS = ROOT / "docs" / "kernels.md"
+MARKS = ("<!-- table: benchmarks/kernel_table.py -->\n", "<!-- end of table -->\n")
+
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
+MATRIX = {  # tensor core instructions, by the name they have in machine code
+    80: "HMMA",
+    86: "HMMA",
+    89: "HMMA",
+    90: "HGMMA",  # wgmma
+    100: "UTCHMMA",  # tcgen05.mma
+    120: "HMMA",
+}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    case: str
+    kernel: Any  # a JITFunction or an Autotuner around one
+    arguments: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What one kernel needs on one architecture."""
+
+    kernel: str
+    arch: int
+    registers: int  # a thread
+    spills: int  # instructions that touch local memory
+    shared: int  # bytes a program
+    matrix: str  # "HGMMA x 48", or "-"
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def local_head(full: bool, dtype: torch.dtype) -> None:
+    """ViT-B/16 at 224, 256 images."""
+    c = 768
+    vector = meta(c, dtype=torch.float32)
+    weights = [meta(c, c, dtype=dtype), vector]
+    if full:
+        weights += [vector, vector, meta(c, 3, 3, dtype=torch.float32), vector]
+    lph.lph_pool(meta(256, 197, c, dtype=dtype), (14, 14), 1, *weights)
+
+
+def global_head(grid: int, stride: int, pool: str, dtype: torch.dtype) -> None:
+    """ViT-B/16, 256 images."""
+    tokens = meta(256, 1 + grid * grid, 768, dtype=dtype)
+    weight = meta(3 * 768, 768, dtype=dtype)
+    gah.gah_pool(tokens, (grid, grid), 1, weight, 8, stride, pool)
+
+
+def exit_decision(classes: int, dtype: torch.dtype) -> None:
+    """The patience rule, the one with the most state."""
+    pooled, tokens = meta(256, 2, 768, dtype=torch.float32), meta(256, 197, 768, dtype=dtype)
+    weight, bias = meta(classes, 3 * 768, dtype=dtype), meta(classes, dtype=torch.float32)
+    state = meta(256, 2, dtype=torch.int32)
+    exit_step.exit_step(pooled, tokens, 1, weight, bias, (3, 0.0, 7), state)
+
+
+def depthwise_training(dtype: torch.dtype) -> None:
+    """Forward and backward, 64 images."""
+    u, vectors = meta(64, 196, 768, dtype=dtype), meta(768, dtype=torch.float32)
+    taps = meta(768, 3, 3, dtype=torch.float32)
+    depthwise.depthwise_gelu(u, (14, 14), taps, vectors)
+    depthwise.depthwise_gelu_backward(u, u, (14, 14), taps, vectors)
+
+
+def attention_training(count: int, dtype: torch.dtype) -> None:
+    """Forward and backward, 64 images."""
+    qkv = meta(64, count, 3 * 768, dtype=dtype)
+    out, level = attention.attention(qkv, 8)
+    attention.attention_backward(out, qkv, out, level, 8)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASES: dict[str, Callable[[], object]] = {
+    "full, bf16": lambda: local_head(True, BF16),
+    "full, fp32": lambda: local_head(True, FP32),
+    "light, bf16": lambda: local_head(False, BF16),
+    "49 tokens, bf16": lambda: global_head(14, 2, "subsample", BF16),
+    "49 tokens, fp32": lambda: global_head(14, 2, "subsample", FP32),
+    "49 averaged, bf16": lambda: global_head(14, 2, "average", BF16),
+    "576 tokens, bf16": lambda: global_head(24, 1, "subsample", BF16),
+    "1000 classes, bf16": lambda: exit_decision(1000, BF16),
+    "100 classes, fp32": lambda: exit_decision(100, FP32),
+    "training, bf16": lambda: (depthwise_training(BF16), attention_training(49, BF16)),
+    "training, fp32": lambda: (depthwise_training(FP32), attention_training(49, FP32)),
+}
+MODULES: tuple[ModuleType, ...] = (lph, gah, exit_step, depthwise, attention)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel: Any, case: str, launches: list[Launch]) -> None:
+        self.kernel, self.case, self.launches = kernel, case, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            arguments = dict(zip(jit(self.kernel).arg_names, args, strict=False)) | kwargs
+            self.launches.append(Launch(self.case, self.kernel, arguments))
+
+        return launch
+
+
+def jit(kernel: Any) -> Any:
+    """The JITFunction inside an autotuner."""
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def label(launch: Launch) -> str:
+    """The kernel's name, what it is used for where it has several uses, and the case."""
+    name = jit(launch.kernel).__name__.removesuffix("_kernel")
+    return f"{name} {launch.arguments.get('USE', '')}".rstrip() + f": {launch.case}"
+
+
+@contextmanager
+def recording(case: str, launches: list[Launch]) -> Iterator[None]:
+    """Kernels record their launches, and tensors without memory pass for those of a GPU."""
+    kept: list[tuple[ModuleType, str, Any]] = []
+    for module in MODULES:
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                kept.append((module, name, value))
+                setattr(module, name, Recorder(value, case, launches))
+    for module in (common, *MODULES):
+        if hasattr(module, "check_device"):
+            kept.append((module, "check_device", module.check_device))
+            setattr(module, "check_device", lambda name, tensor: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+def record() -> list[Launch]:
+    """The launches of all cases; a kernel that two cases launch alike is kept once."""
+    launches: list[Launch] = []
+    for case, run in CASES.items():
+        with recording(case, launches):
+            run()
+    return launches
+
+
+def source(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles for a launch: types, constants, alignment and options."""
+    arguments = dict(launch.arguments)
+    options = {}
+    if hasattr(launch.kernel, "configs"):
+        tuner, limit = launch.kernel, SHARED_LIMIT[arch] * 1024
+        config = common.fitting(tuner.configs, tuner.fits, limit, arguments)[0]
+        arguments |= config.all_kwargs()
+    for name in ("num_warps", "num_stages", "num_ctas", "maxnreg"):
+        if name in arguments:
+            options[name] = arguments.pop(name)
+    function = jit(launch.kernel)
+    constants = {p.name for p in function.params if p.is_constexpr}
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, name in enumerate(function.arg_names):
+        value = arguments[name]
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constexprs[(index,)] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(function, signature, constexprs, attributes), options
+
+
+def compile_launch(index: int, arch: int) -> Row:
+    """Compile the index-th launch for an architecture and read its machine code."""
+    launch = record()[index]
+    code, options = source(launch, arch)
+    compiled = triton.compile(code, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def read(*command: str) -> str:
+            run = [str(tools / command[0]), *command[1:], file.name]
+            return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+        usage, listing = read("cuobjdump", "-res-usage"), read("nvdisasm", "-c")
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    found = {name: len(re.findall(rf"\b{name}\b", listing)) for name in ("HMMA", MATRIX[arch])}
+    return Row(
+        kernel=label(launch),
+        arch=arch,
+        registers=int(registers[1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        shared=compiled.metadata.shared,
+        matrix=", ".join(f"{name} x {n}" for name, n in found.items() if n) or "-",
+    )
+
+
+def compile_all(processes: int) -> list[Row]:
+    """All launches for all architectures; float32, where nothing differs by kind, for two."""
+    jobs = [
+        (index, arch)
+        for index, launch in enumerate(record())
+        for arch in SHARED_LIMIT
+        if arch in (80, 90) or "fp32" not in launch.case
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_launch, *zip(*jobs, strict=True), chunksize=3))
+
+
+def violations(rows: list[Row], budget: dict[str, Any]) -> list[str]:
+    """What in `rows` is beyond `budget`, in words."""
+    found = []
+    for row in rows:
+        name = f"{row.kernel} on sm_{row.arch}"
+        allowed = budget.get(row.kernel, {}).get(str(row.arch))
+        if allowed is None:
+            found.append(f"{name}: not in the budget")
+            continue
+        if row.spills:
+            found.append(f"{name}: {row.spills} instructions spill registers")
+        if row.registers > allowed["registers"]:
+            found.append(f"{name}: {row.registers} registers, budget {allowed['registers']}")
+        if row.shared > min(allowed["shared"], SHARED_LIMIT[row.arch] * 1024):
+            found.append(f"{name}: {row.shared} bytes of shared memory, budget {allowed['shared']}")
+        if allowed["matrix"] and allowed["matrix"] not in row.matrix.split():
+            found.append(f"{name}: no {allowed['matrix']} among {row.matrix}")
+    compiled = {(row.kernel, str(row.arch)) for row in rows}
+    for kernel, archs in budget.items():
+        missing = [arch for arch in archs if (kernel, arch) not in compiled]
+        if missing:
+            found.append(f"{kernel}: in the budget, not compiled for sm_{', sm_'.join(missing)}")
+    return found
+
+
+def budget_of(rows: list[Row]) -> dict[str, Any]:
+    """A budget with room for what another compiler version may do: an eighth of the registers."""
+    budget: dict[str, Any] = {}
+    for row in rows:
+        names = row.matrix.split()
+        matrix = (
+            MATRIX[row.arch] if MATRIX[row.arch] in names else "HMMA" if "HMMA" in names else ""
+        )
+        budget.setdefault(row.kernel, {})[str(row.arch)] = {
+            "registers": min(255, row.registers + row.registers // 8),
+            "shared": row.shared + 1024,
+            "matrix": matrix,
+        }
+    return budget
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, a line a kernel and a column an architecture."""
+    archs = list(SHARED_LIMIT)
+    lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |"]
+    lines.append("|---" * (len(archs) + 1) + "|")
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        cells = {
+            r.arch: f"{r.registers} / {r.spills} / {r.shared / 1024:.0f} KiB / {r.matrix}"
+            for r in rows
+            if r.kernel == kernel
+        }
+        lines.append(f"| {kernel} | " + " | ".join(cells.get(arch, "") for arch in archs) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with the budget")
+    parser.add_argument("--write", action="store_true", help="rewrite the budget and the docs")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if common.INTERPRETED:
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    rows = compile_all(options.processes)
+    if options.check:
+        found = violations(rows, json.loads(BUDGET.read_text()))
+        print("\n".join(found) or f"{len(rows)} kernels within the budget")
+        return 1 if found else 0
+    print(markdown(rows))
+    if options.write:
+        spilling = [row for row in rows if row.spills]
+        if spilling:
+            print("\n".join(f"spills: {row}" for row in spilling))
+            return 1
+        BUDGET.write_text(json.dumps(budget_of(rows), indent=1) + "\n")
+        before, rest = DOCS.read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        note = f"Triton {triton.__version__}.\n\n"
+        DOCS.write_text(before + MARKS[0] + note + markdown(rows) + MARKS[1] + after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
