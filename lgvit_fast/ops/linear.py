@@ -1,0 +1,118 @@
+"""Linear layers for inference on a CPU, on the fastest GEMM that torch has for this processor.
+
+Torch's float32 `linear` calls MKL, which is slower than oneDNN on processors that are not Intel's,
+and oneDNN is fastest with the weight in a blocked layout of its own. The choice is measured once for
+each weight shape, dtype and number of threads (csrc/cpu/linear.cpp, where the heads' kernels make
+the same choice); ``LGVIT_LINEAR`` overrides it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lgvit_fast import _extension
+
+__all__ = ["CANDIDATES", "PackedLinear", "fastest"]
+
+CANDIDATES = ("linear", "conv", "packed")
+
+
+def fastest(n: int, k: int, dtype: torch.dtype) -> str:
+    """The GEMM that a linear layer with weight `[n, k]` runs fastest on, one of `CANDIDATES`.
+
+    "linear" is `F.linear`, "conv" `F.conv2d` with a 1x1 kernel on the channels-last view, "packed"
+    oneDNN with a prepacked weight. It does not depend on the number of rows, so that an image's
+    answer does not depend on its batch. The first call for a shape measures, some 20 ms for a
+    768 x 768 weight. Without the compiled extension it is "linear".
+
+    Raises:
+        ValueError: ``LGVIT_LINEAR`` names none of the candidates.
+    """
+    if _extension.why_missing(torch.device("cpu")) is not None:
+        return "linear"
+    choice: str = torch.ops.lgvit_fast.linear_choice(n, k, dtype)
+    return choice
+
+
+class PackedLinear(nn.Module):
+    """`activation(x weight^T + bias)` without gradients, its weight in the layout of one GEMM.
+
+    The packed weight replaces the plain one, it is not held beside it. It is a copy: it does not
+    follow later changes of `weight`. Not for `state_dict`; `weight` gives the plain weight back.
+
+    Args:
+        weight: `[N, K]`, on the CPU, float32 or bfloat16.
+        bias: `[N]` of the same dtype, or None.
+        activation: None, or "gelu" for the exact gelu, fused into the GEMM where that can be.
+        gemm: one of `CANDIDATES`; None takes the `fastest`.
+
+    Raises:
+        ValueError: a tensor, activation or GEMM that does not fit.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        gemm: str | None = None,
+    ) -> None:
+        super().__init__()
+        if weight.dim() != 2 or weight.device.type != "cpu":
+            raise ValueError(
+                f"weight is {list(weight.shape)} on {weight.device}, expected [N, K] on cpu"
+            )
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weight is {weight.dtype}, expected float32 or bfloat16")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise ValueError(
+                f"bias is {bias.dtype} {list(bias.shape)}, expected {weight.dtype}"
+                f" [{weight.shape[0]}]"
+            )
+        if activation not in (None, "gelu"):
+            raise ValueError(f"activation={activation!r}, expected None or 'gelu'")
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        if gemm is None:
+            gemm = fastest(self.out_features, self.in_features, weight.dtype)
+        if gemm not in CANDIDATES:
+            raise ValueError(f"gemm={gemm!r}, expected one of {', '.join(CANDIDATES)}")
+        self.gemm = gemm
+        weight = weight.detach().contiguous()
+        self._bias = None if bias is None else bias.detach()
+        self._weight = (
+            torch.ops.mkldnn._reorder_linear_weight(weight) if self.gemm == "packed" else weight
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The plain weight `[N, K]`; a copy where it is packed."""
+        return self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., K]` to `[..., N]`, of the weight's dtype."""
+        if x.numel() == 0:
+            return x.new_empty((*x.shape[:-1], self.out_features))
+        if self.gemm == "packed":
+            activation = self.activation or "none"
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._weight, self._bias, activation, [], "none"
+            )
+            return packed
+        if self.gemm == "conv":
+            rows = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
+            out = F.conv2d(rows, self._weight[:, :, None, None], self._bias)
+            out = out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        else:
+            out = F.linear(x, self._weight, self._bias)
+        return out if self.activation is None else F.gelu(out)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self._bias is not None}, activation={self.activation}, gemm={self.gemm!r}"
+        )
