@@ -32,12 +32,13 @@ class LGViT(PretrainedMixin, nn.Module):
     `[B, K]`, each image's from the first exit that is sure under `policy`.
 
     Args:
-        timm_model: a timm ViT or DeiT with a classifier.
+        timm_model: a timm ViT, DeiT, Swin or Eva with a classifier (docs/backbones.md lists them).
         exits: where: None (the default layout), a count, block numbers from 1, or `ExitSpec`s.
         num_classes: K; a new classifier is made if it differs from the model's own.
-        heads: what: one of "lph_full", "lph_light", "gah_r" for each exit; None follows the paper.
+        heads: what: one of "lph_full", "lph_light", "gah_r", ... for each exit (see `ExitSpec`), or one
+            name for all: "linear", "vit_ee", "conv", "attention", "mlp". None or "lgvit" is the paper's.
         pool: grid pooling of global heads, "subsample" (as published) or "average".
-        num_heads: attention heads of global heads; must divide the width.
+        num_heads: attention heads of heads that attend; must divide the width.
 
     Attributes:
         backbone: the timm model.
@@ -57,7 +58,7 @@ class LGViT(PretrainedMixin, nn.Module):
         exits: int | Sequence[int] | Sequence[ExitSpec] | None = None,
         num_classes: int | None = None,
         *,
-        heads: Sequence[str] | None = None,
+        heads: str | Sequence[str] | None = None,
         pool: str = "subsample",
         num_heads: int = 8,
     ) -> None:
@@ -72,7 +73,7 @@ class LGViT(PretrainedMixin, nn.Module):
         if self.num_classes < 1:
             raise ValueError("the timm model has no classifier: give num_classes")
         self.class_names: list[str] | None = None
-        self.exits = resolve_exits(exits, heads, self.num_blocks)
+        self.exits = resolve_exits(exits, heads, self.num_blocks, self.adapter.depths)
         self.pool, self.num_heads = pool, num_heads
         self.exit_heads = nn.ModuleList(
             ExitHead(
@@ -83,6 +84,7 @@ class LGViT(PretrainedMixin, nn.Module):
                 self.adapter.num_class_tokens,
                 num_heads,
                 pool,
+                self.adapter.exit_norm,
             )
             for spec in self.exits
         )
@@ -128,23 +130,25 @@ class LGViT(PretrainedMixin, nn.Module):
         with torch.no_grad() if self._backbone_frozen else nullcontext():
             tokens = self.adapter.embed(images)
         for spec, head in zip(self.exits, self.exit_heads, strict=True):
+            grid = self.adapter.patch_grid(size, spec.layer)
             with torch.no_grad() if self._backbone_frozen else nullcontext():
-                tokens = self.adapter.blocks(tokens, start, spec.layer)
-            opinion, feature = head(tokens, self.adapter.patch_grid(size, spec.layer))
+                tokens = self.adapter.blocks(tokens, start, spec.layer, grid)
+            opinion, feature = head(self.adapter.to_tokens(tokens), grid)
             logits.append(opinion)
             if features:
                 kept.append(feature)
             start = spec.layer
+        grid = self.adapter.patch_grid(size, self.num_blocks)
         with torch.no_grad() if self._backbone_frozen else nullcontext():
-            tokens = self.adapter.blocks(tokens, start, self.num_blocks)
+            tokens = self.adapter.blocks(tokens, start, self.num_blocks, grid)
             final = self.adapter.classify(tokens)
-        patches = tokens[:, self.adapter.num_prefix_tokens :] if features else None
+        patches = self.adapter.to_tokens(tokens)[:, self.adapter.num_prefix_tokens :]
         return ExitOutputs(
             exits=tuple(logits),
             final=final,
             features=tuple(kept) if features else None,
-            last_tokens=patches,
-            patch_grid=self.adapter.patch_grid(size, self.num_blocks),
+            last_tokens=patches if features else None,
+            patch_grid=grid,
         )
 
     @torch.no_grad()
@@ -192,6 +196,7 @@ class LGViT(PretrainedMixin, nn.Module):
         self.adapter.check_images(images)
         return self._policy if policy is None else self.fitting(policy)
 
+    @torch.compiler.disable  # a compiled model must see changed weights too
     def prepare(self) -> None:
         """Fold the heads' weights for inference, where they changed. `infer` does it by itself."""
         for head in self._heads:
@@ -258,7 +263,7 @@ def create_model(
     pretrained: bool = False,
     *,
     exits: int | Sequence[int] | Sequence[ExitSpec] | None = None,
-    heads: Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
     pool: str = "subsample",
     exit_num_heads: int = 8,
     **timm_kwargs: Any,
@@ -283,7 +288,7 @@ def create_model(
         raise ValueError(f"timm has no model named {model_name!r}{hint}")
     backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
     if not hasattr(backbone, "_model_args"):  # older timm does not note how a model was made
-        backbone._model_args = dict(timm_kwargs)
+        backbone._model_args = dict(timm_kwargs)  # type: ignore[assignment]
     return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
 
 

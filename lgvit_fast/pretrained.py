@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
     from lgvit_fast.model import LGViT
 
-__all__ = ["PretrainedMixin", "describe_backbone"]
+__all__ = [
+    "PretrainedMixin",
+    "describe_backbone",
+    "load_strictly",
+    "set_layer_norm_eps",
+    "shortened",
+]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _FORMAT = "lgvit_fast/1"
@@ -90,7 +96,6 @@ class PretrainedMixin:
                     " so its config does not say how to make it again: give backbone="
                 )
             backbone = timm.create_model(made["name"], **made["args"])
-            set_layer_norm_eps(backbone, made.get("layer_norm_eps"))
         model = cls(  # type: ignore[call-arg]
             backbone,
             [ExitSpec(**spec) for spec in config["exits"]],
@@ -99,6 +104,7 @@ class PretrainedMixin:
             num_heads=config["num_heads"],
         )
         model._backbone_config = config["backbone"]  # type: ignore[attr-defined]
+        set_layer_norm_eps(cast("LGViT", model), (config["backbone"] or {}).get("layer_norm_eps"))
         model.class_names = config.get("class_names")  # type: ignore[attr-defined]
         if config.get("policy"):
             arguments = dict(config["policy"])
@@ -127,7 +133,7 @@ def load_strictly(model: LGViT, tensors: dict[str, torch.Tensor], source: str) -
         ),
     ):
         if keys:
-            problems.append(f"{title}: {_shortened(keys)}")
+            problems.append(f"{title}: {shortened(keys)}")
     if problems:
         raise ValueError(f"{source} does not fit the model; {'; '.join(problems)}")
     model.load_state_dict(tensors)
@@ -155,7 +161,7 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
 
 
 def set_layer_norm_eps(model: nn.Module, eps: float | None) -> None:
-    """Give every LayerNorm of a backbone this eps; None leaves timm's own."""
+    """Give every LayerNorm of a model this eps; None leaves them as they are."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and eps is not None:
             module.eps = eps
@@ -170,6 +176,7 @@ def _describe_policy(policy: policies.Policy) -> dict[str, Any] | None:
     return {"name": type(policy).__name__, **dataclasses.asdict(policy)}
 
 
-def _shortened(keys: Sequence[str], limit: int = 6) -> str:
+def shortened(keys: Sequence[str], limit: int = 6) -> str:
+    """The first few of many names, and how many more there are."""
     rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return ", ".join(keys[:limit]) + rest

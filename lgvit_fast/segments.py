@@ -54,19 +54,20 @@ class Segment(nn.Module):
         patch_grid: tuple[int, int],
         rule: ExitRule = _NEVER,
     ) -> tuple[Tensor, ExitStep]:
-        """Tokens `[B, P + N, C]` after block `start` to those after `stop`, and the exit's word.
+        """Tokens `[B, ...]` after block `start` to those after `stop`, and the exit's word.
 
         A head must have been prepared since its parameters last changed (`LGViT.prepare`).
 
         Args:
-            tokens: not changed.
+            tokens: in the backbone's own layout (`Backbone.to_tokens`); not changed.
             state: `[B, 2]` int32 policy state, updated in place.
             patch_grid: `(H, W)` after block `stop`.
             rule: who leaves here; see `rule`.
         """
-        tokens = self.adapter.blocks(tokens, self.start, self.stop)
+        tokens = self.adapter.blocks(tokens, self.start, self.stop, patch_grid)
         if self.head is not None:
-            return tokens, self.head.step(tokens, patch_grid, rule, state)
+            seen = self.adapter.to_tokens(tokens)
+            return tokens, self.head.step(seen, patch_grid, rule, state)
         logits = self.adapter.classify(tokens)
         valid = ~logits.logsumexp(-1).isnan()
         return tokens, ExitStep(logits, torch.ones_like(valid), valid)

@@ -56,14 +56,15 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: a pickle (which is never loaded), a truncated or another kind of file.
     """
     data = Path(path).read_bytes()
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        raise ValueError(
-            f"{path} is a pickle, which can run code when loaded and is not read here;"
-            " convert it to safetensors"
-        )
     try:
         return load_bytes(data)
     except SafetensorError as error:
+        # Only now: a safetensors file starts with its header's length, which can be any two bytes.
+        if data[:2] == b"PK" or data[:1] == b"\x80":
+            raise ValueError(
+                f"{path} is a pickle, which can run code when loaded and is not read here;"
+                " convert it to safetensors"
+            ) from None
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 

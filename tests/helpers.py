@@ -1,5 +1,6 @@
 """Small models and golden numbers the tests share."""
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,27 @@ def tiny_model(
     return model.eval()
 
 
+def tiny_swin(
+    name: str = "swin_tiny_patch4_window7_224", seed: int = 0, exits: Any = None, **kwargs: Any
+) -> lgvit_fast.LGViT:
+    """A tiny LGViT on a Swin in eval mode: 48 px, width 16 to 128, 2 + 2 + 6 + 2 blocks."""
+    torch.manual_seed(seed)
+    model_options = {k: kwargs.pop(k) for k in ("heads", "pool", "num_heads") if k in kwargs}
+    options = {
+        "img_size": 48,
+        "patch_size": 4,
+        "window_size": 3,
+        "embed_dim": 16,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (1, 2, 4, 8),
+        "num_classes": 7,
+    }
+    backbone = timm.create_model(name, **{**options, **kwargs})
+    model = lgvit_fast.LGViT(backbone, exits, **model_options)
+    randomize(model, seed)
+    return model.eval()
+
+
 def randomize(model: nn.Module, seed: int = 0) -> None:
     """Make every weight, bias and BatchNorm statistic matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,13 +85,18 @@ def images(
 
 @cache
 def golden(kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Facts (json) and arrays of a golden model: "vit" or "deit"."""
+    """Facts (json) and arrays of a golden model: "vit", "deit" or "swin"."""
     facts = json.loads((GOLDEN / f"{kind}_golden.json").read_text())
     with np.load(GOLDEN / f"{kind}_golden.npz") as arrays:
         return facts, dict(arrays)
 
 
 def golden_model(kind: str) -> lgvit_fast.LGViT:
+    return copy.deepcopy(_golden_model(kind))
+
+
+@cache
+def _golden_model(kind: str) -> lgvit_fast.LGViT:
     weights = load_file(GOLDEN / f"{kind}_weights_fp16.safetensors")
     return lgvit_fast.load_published(weights, golden(kind)[0]["config"])
 
@@ -84,4 +111,6 @@ def golden_policy(entry: dict[str, Any]) -> lgvit_fast.Policy:
             return lgvit_fast.Entropy(threshold)
         case "patience":
             return lgvit_fast.Patience(threshold[0])
-    return lgvit_fast.PatientConfident(threshold[:-1], threshold[-1])
+    *thresholds, patience = threshold
+    assert len(set(thresholds)) == 1  # Swin has one for each exit of a stage
+    return lgvit_fast.PatientConfident(thresholds[0], patience)

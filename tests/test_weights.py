@@ -42,6 +42,17 @@ def test_pickles_are_refused(tmp_path, legacy):
         weights.load_weights(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x4B50], ids=["like-a-pickle", "like-a-zip"])
+def test_a_header_whose_length_reads_like_a_pickle_is_none(tmp_path, length):
+    path = tmp_path / "w.safetensors"
+    tensors = {"a": torch.ones(2)}
+    weights.save_weights(path, tensors, {"pad": ""})
+    short = int.from_bytes(path.read_bytes()[:8], "little")
+    weights.save_weights(path, tensors, {"pad": " " * (length - short)})
+    assert int.from_bytes(path.read_bytes()[:8], "little") == length
+    assert torch.equal(weights.load_weights(path)["a"], tensors["a"])
+
+
 def test_truncated_file_is_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     weights.save_weights(path, {"a": torch.ones(1000)})

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
+
 from torch import nn
 
 from lgvit_fast.backbones.base import Backbone
+from lgvit_fast.backbones.eva import EvaBackbone
+from lgvit_fast.backbones.swin import SwinBackbone
 from lgvit_fast.backbones.vit import ViTBackbone
 
-__all__ = ["Backbone", "ViTBackbone", "adapt"]
+__all__ = ["Backbone", "EvaBackbone", "SwinBackbone", "ViTBackbone", "adapt"]
+
+_ADAPTERS: tuple[type[ViTBackbone | SwinBackbone | EvaBackbone], ...] = (
+    ViTBackbone,
+    SwinBackbone,
+    EvaBackbone,
+)
+_EXAMPLES = {
+    "VisionTransformer": "vit_base_patch16_224 or deit_base_distilled_patch16_224",
+    "SwinTransformer": "swin_base_patch4_window7_224",
+    "SwinTransformerV2": "swinv2_base_window8_256",
+    "Eva": "eva02_base_patch14_224 or vit_base_patch16_dinov3",
+}
 
 
 def adapt(model: nn.Module) -> Backbone:
     """The adapter for a timm model.
 
     Raises:
-        ValueError: no adapter knows this architecture, or it has no classifier.
+        ValueError: no adapter knows this architecture, naming the nearest that is known, or the model
+            has an option that exits cannot work with.
     """
-    if not ViTBackbone.supports(model):
-        raise ValueError(
-            f"{type(model).__name__} is not supported; expected a timm VisionTransformer such as"
-            " vit_base_patch16_224 or deit_base_distilled_patch16_224"
-        )
-    return ViTBackbone(model)  # type: ignore[arg-type]
+    for adapter in _ADAPTERS:
+        if adapter.supports(model):
+            return adapter(model)
+    name = type(model).__name__
+    near = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"{name} is not supported; the nearest that is: timm's {near}, such as {_EXAMPLES[near]}"
+        f" (all: {', '.join(_EXAMPLES)})"
+    )

@@ -16,14 +16,23 @@ class Backbone(ABC):
     Attributes:
         model: the timm model.
         num_blocks: L.
+        depths: blocks of each stage, summing to L; a single entry for a model without stages.
+        exit_norm: whether exits normalise each token before the mean, as hierarchical models do.
         num_classes: K.
         in_chans: channels of an input image.
     """
 
     model: nn.Module
     num_blocks: int
+    depths: tuple[int, ...]
+    exit_norm: bool = False
     num_classes: int
     in_chans: int
+
+    @staticmethod
+    @abstractmethod
+    def supports(model: nn.Module) -> bool:
+        """Whether this adapter knows the model."""
 
     @abstractmethod
     def width(self, layer: int) -> int:
@@ -49,19 +58,33 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """Images `[B, channels, height, width]` to tokens `[B, P + N, C]` before the first block."""
+        """Images `[B, channels, height, width]` to tokens before the first block.
+
+        Tokens travel between blocks in the model's own layout, images first; see `to_tokens`.
+        """
 
     @abstractmethod
-    def blocks(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        """Run blocks `start + 1` to `stop` (that is, `blocks[start:stop]`)."""
+    def blocks(self, tokens: Tensor, start: int, stop: int, patch_grid: tuple[int, int]) -> Tensor:
+        """Run blocks `start + 1` to `stop` (that is, `blocks[start:stop]`).
+
+        Args:
+            tokens: in the model's own layout.
+            start: blocks already run.
+            stop: the last block to run, from 1.
+            patch_grid: `(H, W)` after block `stop`.
+        """
+
+    def to_tokens(self, tokens: Tensor) -> Tensor:
+        """A view `[B, P + N, C]`, patches row-major, of tokens in the model's own layout."""
+        return tokens
 
     @abstractmethod
     def classify(self, tokens: Tensor) -> Tensor:
-        """Final norm, pooling and the model's own classifier: `[B, P + N, C]` to `[B, K]`."""
+        """Final norm, pooling and the model's own classifier: tokens to logits `[B, K]`."""
 
     @abstractmethod
     def parts(self, start: int, stop: int) -> nn.ModuleList:
-        """The modules that `blocks(_, start, stop)` runs, and `classify` where `stop` is the end."""
+        """The modules that `blocks(_, start, stop, _)` runs, and `classify` where `stop` is the end."""
 
     def check_images(self, images: Tensor) -> None:
         """Raise ValueError unless `images` fits: dimensions, channels, size, dtype and device."""

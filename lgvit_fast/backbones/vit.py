@@ -1,6 +1,8 @@
-"""timm's VisionTransformer family: ViT, DeiT (distilled too), registers, no class token, any grid."""
+"""timm's VisionTransformer class: ViT, DeiT (distilled too), DeiT III, CLIP, SigLIP, DINOv2."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -9,31 +11,27 @@ from torch.utils.checkpoint import checkpoint
 
 from lgvit_fast.backbones.base import Backbone
 
-__all__ = ["ViTBackbone"]
+__all__ = ["PlainBackbone", "ViTBackbone"]
 
 
-class ViTBackbone(Backbone):
-    """Any `timm.models.vision_transformer.VisionTransformer`.
+class PlainBackbone(Backbone):
+    """What the columnar models share: one width and grid from the first block to the last.
 
     Raises:
         ValueError: the model drops patches at random in training (`patch_drop_rate`), so that no patch
             grid is left for the heads.
     """
 
-    model: VisionTransformer
+    model: Any  # typed, its submodules would be no more than modules
 
-    def __init__(self, model: VisionTransformer) -> None:
-        if not isinstance(model.patch_drop, nn.Identity):
-            raise ValueError("patch_drop_rate must be 0: exit heads need the whole patch grid")
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.num_blocks = len(model.blocks)
-        self.num_classes = model.num_classes
-        self.in_chans = model.patch_embed.proj.in_channels
-
-    @staticmethod
-    def supports(model: nn.Module) -> bool:
-        """Whether this adapter knows the model."""
-        return isinstance(model, VisionTransformer)
+        if not isinstance(self.model.patch_drop, nn.Identity | None):
+            raise ValueError("patch_drop_rate must be 0: exit heads need the whole patch grid")
+        self.num_blocks = len(self.model.blocks)
+        self.depths = (self.num_blocks,)
+        self.num_classes = self.model.num_classes
+        self.in_chans = self.model.patch_embed.proj.in_channels
 
     def width(self, layer: int) -> int:
         return int(self.model.embed_dim)
@@ -44,8 +42,6 @@ class ViTBackbone(Backbone):
 
     @property
     def num_class_tokens(self) -> int:
-        if isinstance(self.model, VisionTransformerDistilled):
-            return 2
         return 1 if self.model.cls_token is not None else 0
 
     def patch_grid(self, image_size: tuple[int, int], layer: int) -> tuple[int, int]:
@@ -68,13 +64,36 @@ class ViTBackbone(Backbone):
         height, width = embed.dynamic_feat_size(image_size)
         return int(height), int(width)
 
+    def classify(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return logits
+
+    def parts(self, start: int, stop: int) -> nn.ModuleList:
+        modules = [*self.model.blocks[start:stop]]
+        if stop == self.num_blocks:
+            outside = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope", "blocks")
+            modules += [m for name, m in self.model.named_children() if name not in outside]
+        return nn.ModuleList(modules)
+
+
+class ViTBackbone(PlainBackbone):
+    """Any `timm.models.vision_transformer.VisionTransformer`."""
+
+    @staticmethod
+    def supports(model: nn.Module) -> bool:
+        return isinstance(model, VisionTransformer)
+
+    @property
+    def num_class_tokens(self) -> int:
+        return 2 if isinstance(self.model, VisionTransformerDistilled) else super().num_class_tokens
+
     def embed(self, images: Tensor) -> Tensor:
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         # Without prefix tokens timm gives a transposed view, whose strides the blocks would keep.
         normed: Tensor = self.model.norm_pre(tokens).contiguous()
         return normed
 
-    def blocks(self, tokens: Tensor, start: int, stop: int) -> Tensor:
+    def blocks(self, tokens: Tensor, start: int, stop: int, patch_grid: tuple[int, int]) -> Tensor:
         recompute = self.model.grad_checkpointing and self.model.training
         for block in self.model.blocks[start:stop]:
             tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
@@ -84,10 +103,3 @@ class ViTBackbone(Backbone):
         logits = self.model.forward_head(self.model.norm(tokens))
         # In its own training mode a distilled DeiT gives the votes of both classifiers.
         return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
-
-    def parts(self, start: int, stop: int) -> nn.ModuleList:
-        modules = [*self.model.blocks[start:stop]]
-        if stop == self.num_blocks:
-            outside = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks")
-            modules += [m for name, m in self.model.named_children() if name not in outside]
-        return nn.ModuleList(modules)

@@ -1,8 +1,8 @@
-"""An exit: a perception head and the classifiers that read its mean, in both of its forms."""
+"""An exit: a head, a readout and classifiers, in the training form and the inference form."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lgvit_fast.heads.gah import GlobalAggregationHead
 from lgvit_fast.heads.layout import ExitSpec
 from lgvit_fast.heads.lph import LocalPerceptionHead
-from lgvit_fast.ops.exit_step import ExitRule, ExitStep, exit_step
+from lgvit_fast.heads.plain import AttentionHead, BlockHead, ConvHead, LinearHead, MLPHead
+from lgvit_fast.heads.readout import ClassReadout, MeanReadout
+from lgvit_fast.ops.exit_step import ExitRule, ExitStep, apply_rule, exit_step
 from lgvit_fast.ops.lph import LPHWeights
 
 __all__ = ["ExitHead"]
@@ -29,7 +31,9 @@ class ExitHead(nn.Module):
 
     With the mean m of the head's feature over its tokens, the logits are `Wc (m + cls) + bc` for a
     ViT, the mean of two such classifiers on cls and dist for a distilled DeiT, and `Wc m + bc` for a
-    model without a class token. Class tokens are the raw ones of the block, no LayerNorm.
+    model without a class token. Class tokens are the raw ones of the block, no LayerNorm. In a
+    hierarchical model m is the mean of the normalised feature. Heads that keep the class tokens
+    ("linear", "vit_ee") are read there instead, see `ClassReadout`.
 
     Args:
         spec: what the exit is made of.
@@ -37,8 +41,16 @@ class ExitHead(nn.Module):
         num_classes: K.
         num_prefix_tokens: P, all tokens before the patches (class, distillation, registers).
         num_class_tokens: T, how many of them the classifiers read: 0, 1 or 2.
-        num_heads: attention heads of a global head.
+        num_heads: attention heads of a head that attends.
         pool: grid pooling of a global head, "subsample" or "average".
+        norm: LayerNorm on the head's feature before the mean.
+
+    Attributes:
+        perception: the head proper. With `whole` it works on all tokens, else on the patches. If it has
+            `fold` and `pool`, these are its exact inference form.
+        readout: its feature to vectors.
+        classifiers: one for each vector; their votes are averaged.
+        fused: whether the inference form is the pooled one rather than the training form.
     """
 
     def __init__(
@@ -50,15 +62,19 @@ class ExitHead(nn.Module):
         num_class_tokens: int,
         num_heads: int = 8,
         pool: str = "subsample",
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
         self.num_class_tokens = num_class_tokens
-        self.perception: LocalPerceptionHead | GlobalAggregationHead
-        if spec.kind == "local":
-            self.perception = LocalPerceptionHead(width, full=spec.head == "lph_full")
+        self.perception = _perception(spec, width, num_heads, pool)
+        self.whole = getattr(self.perception, "whole", False)
+        self.readout: MeanReadout | ClassReadout
+        if self.whole and num_class_tokens:
+            self.readout = ClassReadout(width, num_class_tokens)
         else:
-            self.perception = GlobalAggregationHead(width, spec.stride, num_heads, pool)
+            self.readout = MeanReadout(width, norm or self.whole)
+        self.fused = hasattr(self.perception, "pool") and self.readout.affine
         count = max(1, num_class_tokens)
         self.classifiers = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(count))
         for classifier in self._linears:
@@ -69,13 +85,14 @@ class ExitHead(nn.Module):
 
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Training form: tokens `[B, P + N, C]` to logits `[B, K]` and the feature `[B, n, C]`."""
-        feature = self.perception(tokens[:, self.num_prefix_tokens :], patch_grid)
-        mean = feature.mean(dim=1)
-        class_tokens = tokens[:, : self.num_class_tokens].unbind(1) or (torch.zeros_like(mean),)
-        votes = [
-            classify(mean + token)
-            for classify, token in zip(self.classifiers, class_tokens, strict=True)
-        ]
+        prefix = self.num_prefix_tokens
+        if self.whole:
+            tokens = self.perception(tokens, patch_grid)
+            feature = tokens[:, prefix:]
+        else:
+            feature = self.perception(tokens[:, prefix:], patch_grid)
+        vectors = self.readout(feature, tokens[:, : self.num_class_tokens])
+        votes = [classify(v) for classify, v in zip(self.classifiers, vectors, strict=True)]
         return torch.stack(votes).mean(0) if len(votes) > 1 else votes[0], feature
 
     def step(
@@ -91,6 +108,9 @@ class ExitHead(nn.Module):
             rule: the policy's rule at this exit.
             state: `[B, 2]` int32 policy state, updated in place.
         """
+        if not self.fused:
+            logits, _ = self(tokens, patch_grid)
+            return ExitStep(logits, *apply_rule(rule, logits, state))
         folded = self.folded
         if folded is None:
             raise RuntimeError("the exit head is not prepared: call prepare(dtype) first")
@@ -99,7 +119,7 @@ class ExitHead(nn.Module):
             tokens,
             patch_grid,
             self.num_prefix_tokens,
-            folded.pool_weights,  # type: ignore[arg-type]
+            folded.pool_weights,
         )
         return exit_step(
             pooled, tokens, self.num_class_tokens, folded.weight, folded.bias, rule, state
@@ -110,8 +130,11 @@ class ExitHead(nn.Module):
         """Fold the head for compute `dtype`, unless nothing changed since the last time.
 
         A change is seen by a tensor's identity, storage and version counter; writing through
-        `parameter.data` escapes the counter, call `train()` and `eval()` after doing so.
+        `parameter.data` escapes the counter, call `train()` and `eval()` after doing so. A head
+        without a pooled form has nothing to fold.
         """
+        if not self.fused:
+            return
         made_from = (dtype, *(_fingerprint(t) for t in (*self.parameters(), *self.buffers())))
         if self.folded is not None and made_from == self._folded_from:
             return
@@ -137,6 +160,28 @@ class ExitHead(nn.Module):
             self.folded, self._folded_from = None, ()
         super().train(mode)
         return self
+
+
+def _perception(spec: ExitSpec, width: int, num_heads: int, pool: str) -> Any:
+    """The head proper that a spec names."""
+    if num_heads < 1 or (spec.attends and width % num_heads):
+        raise ValueError(
+            f"num_heads={num_heads} must be positive and divide the width {width} of block {spec.layer}"
+        )
+    match spec.family:
+        case "lph_full" | "lph_light":
+            return LocalPerceptionHead(width, full=spec.family == "lph_full")
+        case "gah":
+            return GlobalAggregationHead(width, spec.stride, num_heads, pool)
+        case "vit_ee":
+            return BlockHead(width, num_heads, spec.number or 4)
+        case "attention":
+            return AttentionHead(width, num_heads)
+        case "conv":
+            return ConvHead(width)
+        case "mlp":
+            return MLPHead(width)
+    return LinearHead()
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, int, int]:

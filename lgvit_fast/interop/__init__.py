@@ -1,5 +1,5 @@
-"""Checkpoints and models from elsewhere."""
+"""Checkpoints and models from elsewhere, and the way back."""
 
-from lgvit_fast.interop.published import load_published
+from lgvit_fast.interop.published import export_published, load_published
 
-__all__ = ["load_published"]
+__all__ = ["export_published", "load_published"]

@@ -97,6 +97,8 @@ class Stage2Config(StageConfig):
     """Stage 2: the heads alone, taught by the frozen backbone.
 
     Attributes:
+        strategy: `lgvit`, with the feature distillation of local and global heads, or `distillation`,
+            of the logits alone, which fits any heads (see `losses.Stage2Losses`).
         alpha: share of the logit distillation; the cross-entropy gets `1 - alpha`.
         beta: weight of the heterogeneous feature distillation.
         gamma: weight of the homogeneous feature distillation.
@@ -104,6 +106,7 @@ class Stage2Config(StageConfig):
         published: the published code's teachers and Gram matrices, for parity with its numbers.
     """
 
+    strategy: Literal["lgvit", "distillation"] = "lgvit"
     alpha: float = 0.3
     beta: float = 0.01
     gamma: float = 0.01
@@ -112,6 +115,8 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = ("lgvit", "distillation")
+        _require(self.strategy in known, "strategy", self.strategy, f"one of {', '.join(known)}")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "in [0, 1]")
         _require(self.temperature > 0, "temperature", self.temperature, "above 0")
 

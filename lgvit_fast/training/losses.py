@@ -110,6 +110,11 @@ class Stage2Losses:
         features = beta * total(self.hete) + gamma * total(self.homo_local + self.homo_global)
         return (1 - alpha) * total(self.ce) + alpha * total(self.kd) + features
 
+    def distillation(self, layers: Sequence[int], alpha: float = 0.3) -> Tensor:
+        """`(1 - alpha) sum l_e CE_e / sum l_e + alpha mean KD`: for heads of any kind."""
+        weighted = torch.stack([layer * ce for layer, ce in zip(layers, self.ce, strict=True)])
+        return (1 - alpha) * weighted.sum() / sum(layers) + alpha * torch.stack(self.kd).mean()
+
 
 def stage2_losses(
     exit_logits: Sequence[Tensor],

@@ -66,13 +66,21 @@ class Stage2(nn.Module):
         self.model, self.config, self.label_smoothing = model, config, label_smoothing
         self._raw_tokens: Tensor | None = None
         if config.published:
+            if len(model.adapter.depths) > 1:
+                raise ValueError(
+                    "published=True: the published code has no stage 2 of LGViT for Swin"
+                )
             backbone: Any = model.backbone
             backbone.norm.register_forward_pre_hook(self._keep_raw_tokens)
 
     def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
         """Loss of images `[B, C, H, W]`, and its parts (each summed over exits or pairs)."""
         losses = self.losses(images, targets)
-        loss = losses.total(self.config.alpha, self.config.beta, self.config.gamma)
+        if self.config.strategy == "distillation":
+            layers = [spec.layer for spec in self.model.exits]
+            loss = losses.distillation(layers, self.config.alpha)
+        else:
+            loss = losses.total(self.config.alpha, self.config.beta, self.config.gamma)
         return loss, {
             name: torch.stack(terms).sum().detach() if terms else loss.new_zeros(())
             for name, terms in vars(losses).items()
