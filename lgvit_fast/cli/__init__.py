@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train a model with early exits, in one or both stages",
     "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
     "predict": "classify image files",
+    "bench": "speed of the fused exits on this machine, beside the plain ones",
+    "convert": "checkpoints of the published code, Hugging Face or torchvision to models, and back",
     "info": "what is installed and compiled, which backends run here, what is missing",
 }
 

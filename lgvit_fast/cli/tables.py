@@ -91,11 +91,11 @@ def gain(evaluation: Evaluation) -> str:
     )
     if not evaluation.timings:
         return line + "."
-    timing = evaluation.timings[0]
-    return (
-        f"{line}; by the clock it is {timing.ratio.median:.2f}x as fast at batch"
-        f" {timing.batch_size}."
+    clock = ", ".join(
+        f"{timing.ratio.median:.2f}x as fast at batch {timing.batch_size}"
+        for timing in evaluation.timings
     )
+    return f"{line}; by the clock it is {clock}."
 
 
 def _percent(share: float | None) -> str:

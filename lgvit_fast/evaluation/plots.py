@@ -70,7 +70,7 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
     low = max(min(final, 100 * chosen.accuracy) - 12, 0)
     seen = [place for _, _, curve in drawn for place in curve if place[1] >= low]
     axes.set_xlim(0.9, 1.06 * max(chosen.layer_ratio, *(ratio for ratio, _ in seen)))
-    heights = [final - 5, *(accuracy for _, accuracy in seen)]
+    heights = [final - 2, *(accuracy for _, accuracy in seen)]
     axes.set_ylim(min(heights) - 1, max(heights) + 1)
     axes.set_xlabel(f"layer ratio: all {depth} blocks / blocks run on average")
     axes.set_ylabel("accuracy, %")
@@ -105,7 +105,7 @@ def plot_exits(
     names = model.class_names or [str(number) for number in range(model.num_classes)]
 
     height = 0.45 + 0.66 * len(rows)
-    figure = Figure(figsize=(8.4, height), dpi=150)
+    figure = Figure(figsize=(8.4, height), dpi=120)
     grid = figure.add_gridspec(
         len(rows), columns, left=0.26, right=0.995, top=1 - 0.4 / height, bottom=0.05 / height,
         wspace=0.08, hspace=0.1,
@@ -174,8 +174,8 @@ def _chosen_label(evaluation: Evaluation) -> str:
     label = f"{chosen.policy}: {100 * chosen.accuracy:.1f} %, {chosen.layer_ratio:.2f}× in layers"
     if not evaluation.timings:
         return label
-    timing = evaluation.timings[0]
-    return f"{label}, {timing.ratio.median:.2f}× by the clock at batch {timing.batch_size}"
+    clock = ", ".join(f"{t.ratio.median:.2f}× at batch {t.batch_size}" for t in evaluation.timings)
+    return f"{label};\nby the clock {clock}"
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
