@@ -51,6 +51,13 @@ class PretrainedMixin:
             "policy": _describe_policy(model.policy),
         }
 
+    def remember_layer_norm_eps(self, eps: float) -> None:
+        """Give every LayerNorm this eps, and keep it with the model: it is no argument of timm's."""
+        model = cast("LGViT", self)
+        set_layer_norm_eps(model, eps)
+        if model._backbone_config is not None:
+            model._backbone_config["layer_norm_eps"] = eps
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each atomically."""
         model = cast("LGViT", self)

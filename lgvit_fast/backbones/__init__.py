@@ -36,7 +36,12 @@ def adapt(model: nn.Module) -> Backbone:
     for adapter in _ADAPTERS:
         if adapter.supports(model):
             return adapter(model)
-    name = type(model).__name__
+    name, library = type(model).__name__, type(model).__module__.split(".")[0]
+    if library in ("transformers", "torchvision"):
+        function = "from_huggingface" if library == "transformers" else "from_torchvision"
+        raise ValueError(
+            f"{name} is of {library}: lgvit_fast.interop.{function}(model) converts it"
+        )
     near = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"{name} is not supported; the nearest that is: timm's {near}, such as {_EXAMPLES[near]}"

@@ -1,4 +1,4 @@
-"""`lgvit-fast convert`: other people's checkpoints to saved models, and ours to the published code's."""
+"""`lgvit-fast convert`: other checkpoints to saved models, and ours to the published code's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ORIGINS = ("auto", "published", "huggingface", "torchvision")
 
 _NOTES = """\
 A checkpoint of the published code (ViT, DeiT or Swin, any head type, stage 1 or 2) keeps its exits. The
-weights of a Hugging Face or torchvision classifier get exits that are still to be trained. Pickled files are
-read as plain tensors: no code in them runs.
+weights of a Hugging Face or torchvision classifier get exits that are still untrained. Pickled files
+are read as plain tensors: no code in them runs.
 
 examples:
   lgvit-fast convert saved_models/ViT-base/cifar100/LGViT/ model/

@@ -16,7 +16,6 @@ from lgvit_fast.interop.backbones import depth_of, swin_from, vit_from
 from lgvit_fast.interop.files import Config, Source, load_named, read
 from lgvit_fast.interop.names import published_names, scatter
 from lgvit_fast.model import LGViT
-from lgvit_fast.pretrained import set_layer_norm_eps
 from lgvit_fast.weights import save_json, save_weights
 
 __all__ = ["export_published", "load_published"]
@@ -89,10 +88,7 @@ def load_published(source: Source, config: Config = None) -> LGViT:
         own = specs[0].family in ("attention", "vit_ee")  # they take the backbone's number
         num_heads = backbone.blocks[0].attn.num_heads if own else 8  # type: ignore[index, union-attr]
     model = LGViT(backbone, specs, num_heads=num_heads)
-    eps = settings.get("layer_norm_eps", 1e-5 if swin else 1e-12)
-    set_layer_norm_eps(model, eps)
-    if model._backbone_config is not None:
-        model._backbone_config["layer_norm_eps"] = eps
+    model.remember_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if swin else 1e-12))
     load_named(model, published_names(model), tensors, _UNUSED, "the published checkpoint")
     return model.eval()
 
