@@ -64,13 +64,22 @@ class Segment(nn.Module):
             patch_grid: `(H, W)` after block `stop`.
             rule: who leaves here; see `rule`.
         """
-        tokens = self.adapter.blocks(tokens, self.start, self.stop, patch_grid)
+        tokens = self.blocks(tokens, patch_grid)
+        return tokens, self.ask(tokens, state, patch_grid, rule)
+
+    def blocks(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """The first half of `forward`: only the blocks."""
+        return self.adapter.blocks(tokens, self.start, self.stop, patch_grid)
+
+    def ask(
+        self, tokens: Tensor, state: Tensor, patch_grid: tuple[int, int], rule: ExitRule = _NEVER
+    ) -> ExitStep:
+        """The second half of `forward`: only the exit."""
         if self.head is not None:
-            seen = self.adapter.to_tokens(tokens)
-            return tokens, self.head.step(seen, patch_grid, rule, state)
+            return self.head.step(self.adapter.to_tokens(tokens), patch_grid, rule, state)
         logits = self.adapter.classify(tokens)
         valid = ~logits.logsumexp(-1).isnan()
-        return tokens, ExitStep(logits, torch.ones_like(valid), valid)
+        return ExitStep(logits, torch.ones_like(valid), valid)
 
 
 def cut(

@@ -1,7 +1,19 @@
 """Engines that turn early exits into wall-clock speed."""
 
 from lgvit_fast.inference.engine import Engine
+from lgvit_fast.inference.planner import Costs, Plan, measure_costs, plan_exits
 from lgvit_fast.inference.report import Report, SegmentReport
 from lgvit_fast.inference.stream import Answer, Stream, stream
 
-__all__ = ["Answer", "Engine", "Report", "SegmentReport", "Stream", "stream"]
+__all__ = [
+    "Answer",
+    "Costs",
+    "Engine",
+    "Plan",
+    "Report",
+    "SegmentReport",
+    "Stream",
+    "measure_costs",
+    "plan_exits",
+    "stream",
+]

@@ -21,6 +21,7 @@ from lgvit_fast.inference.buckets import (
     default_buckets,
 )
 from lgvit_fast.inference.changes import Watch
+from lgvit_fast.inference.gate import cached_gate, measure_gate
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.model import LGViT
@@ -56,7 +57,10 @@ class Engine:
         buckets: batch sizes to capture, increasing; None takes `default_buckets(max_batch)`.
         speculate: with graphs, launch each segment before the survivors of the one before it have been
             counted. Hides the wait, and wastes what `report().wasted_share` says.
-        prepare: use prepared linear layers on the CPU.
+        gate: without graphs, carry images that left along until so many have; None takes what `warm_up`
+            measured on this machine (then or earlier), else 1: compact at once.
+        prepare: on the CPU, in float32 and bfloat16, use packed linear layers (see `PackedLinear`).
+            They hold the backbone's matrices a second time.
 
     Raises:
         ValueError: an argument out of range, or `graphs=True` for a model that is not on a GPU.
@@ -72,12 +76,15 @@ class Engine:
         exits: Sequence[int] | None = None,
         buckets: Sequence[int] | None = None,
         speculate: bool = False,
+        gate: int | None = None,
         prepare: bool = True,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}, expected an integer of at least 1")
         if graphs not in (True, False, None, "eager"):
             raise ValueError(f"graphs={graphs!r}, expected True, False, None or 'eager'")
+        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int) or gate < 1):
+            raise ValueError(f"gate={gate!r}, expected an integer of at least 1")
         device = next(model.parameters()).device
         if graphs is True and device.type != "cuda":
             raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {device}")
@@ -86,11 +93,13 @@ class Engine:
         self._buckets = _checked_buckets(buckets, max_batch)
         self._graphs, self._compile = graphs, compile
         self._speculate, self._prepare = speculate, prepare
+        self._gate, self._gates = gate, dict[Hashable, int]()
         self._lock = Lock()
         self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
         self._segments: tuple[Segment, ...] = ()
         self._watch: Watch | None = None
         self._folded: tuple[object, ...] = ()
+        self._dtype: torch.dtype | None = None
         self._generation = 0
         self.reset_report()
 
@@ -137,9 +146,15 @@ class Engine:
             policy: None takes `model.policy`.
         """
         self(images, policy)
-        for runner in self._runners.values():
-            with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for runner in self._runners.values():
                 runner.warm_up()
+            if not self._runners and self._gate is None and len(images) > 1:
+                second = self._segments[min(1, len(self._segments) - 1)]
+                tokens = second.adapter.embed(images[: self.max_batch])
+                grid = second.adapter.patch_grid((images.shape[2], images.shape[3]), second.stop)
+                measured = measure_gate(tokens, self._segments, grid)
+                self._gates[tokens.shape[1:], tokens.dtype] = measured
         self.reset_report()
 
     def release(self) -> None:
@@ -171,25 +186,45 @@ class Engine:
         return self._run_plain(images, policy)
 
     def _run_plain(self, images: Tensor, policy: Policy) -> Inference:
-        """The loop of `LGViT.infer` over the engine's segments."""
+        """The loop of `LGViT.infer` over the engine's segments, with a gate before compaction."""
         adapter, size = self._segments[0].adapter, (images.shape[2], images.shape[3])
-        answer = self._blank(len(images), images.device)
+        batch = len(images)
+        answer = self._blank(
+            batch + 1, images.device
+        )  # the last row: who is carried along writes it
         tokens = adapter.embed(images)
-        alive = torch.arange(len(images), device=images.device)
-        state = policy.start(len(images), images.device)
+        alive = torch.arange(batch, device=images.device)
+        state = policy.start(batch, images.device)
+        gate, carried = self._gate_of(tokens), 0
         for place, segment in enumerate(self._segments):
             grid = adapter.patch_grid(size, segment.stop)
             tokens, step = segment(tokens, state, grid, segment.rule(policy))
-            self._tally.add(place, len(tokens))
+            self._tally.add(place, len(tokens) - carried, wasted=carried)
             answer.record(alive, segment.index, segment.stop, step)
             if segment.is_last:
                 break
-            keep = ~policy.decide(step.leave, state, segment.index)
-            count = compact_(tokens, keep, alive, state)
+            gone = policy.decide(step.leave, state, segment.index)
+            if gate > 1:
+                gone = gone | (alive == batch)
+                carried = int(gone.sum())
+                if carried < min(gate, len(alive)):
+                    alive.masked_fill_(gone, batch)
+                    continue
+                carried = 0
+            count = compact_(tokens, ~gone, alive, state)
             if not count:
                 break
             tokens, alive, state = tokens[:count], alive[:count], state[:count]
-        return answer
+        return answer.map(lambda rows: rows[:batch])
+
+    def _gate_of(self, tokens: Tensor) -> int:
+        """How many must leave such a batch for compaction to pay."""
+        if self._gate is not None:
+            return self._gate
+        kind = (tokens.shape[1:], tokens.dtype)
+        if kind not in self._gates:
+            self._gates[kind] = cached_gate(tokens, self._segments)
+        return self._gates[kind]
 
     def _runner(self, images: Tensor, policy: Policy) -> BucketRunner:
         kind = (images.shape[1:], images.dtype, chosen_backend())
@@ -216,9 +251,10 @@ class Engine:
         """Make what is missing or was made from weights that are no more."""
         if self.model.training:
             raise RuntimeError("the model is in train mode: call model.eval() first")
-        if self._watch is None or self._watch.changed():
+        dtype = self.model.compute_dtype
+        if self._watch is None or self._watch.changed() or dtype != self._dtype:
             self._forget()
-            self._segments = self._cut()
+            self._segments, self._dtype = self._cut(dtype), dtype
             self._watch = Watch(self.model)
         folds = self._folds()
         if len(folds) != len(self._folded) or any(
@@ -233,12 +269,14 @@ class Engine:
         self._runners.clear()
         self._segments, self._watch, self._folded = (), None, ()
 
-    def _cut(self) -> tuple[Segment, ...]:
+    def _cut(self, dtype: torch.dtype) -> tuple[Segment, ...]:
         backbone, adapter = self.model.backbone, self.model.adapter
+        parameter = next(backbone.parameters())
+        on_cpu, plain = parameter.device.type == "cpu", parameter.dtype == dtype  # no autocast
         if self._compile:
             blocks = [adapter.parts(i, i + 1)[0] for i in range(adapter.num_blocks)]
             adapter = adapt(compiled_twin(backbone, blocks))
-        elif self._prepare and next(backbone.parameters()).device.type == "cpu":
+        elif self._prepare and on_cpu and plain and dtype in (torch.float32, torch.bfloat16):
             adapter = adapt(prepared_twin(backbone))
         layers = [spec.layer for spec in self.model.exits]
         heads = cast(list[ExitHead], list(self.model.exit_heads))
@@ -246,7 +284,7 @@ class Engine:
 
     def _folds(self) -> tuple[object, ...]:
         heads = cast(list[ExitHead], list(self.model.exit_heads))
-        return (self.model.compute_dtype, *(head.folded for head in heads))
+        return tuple(head.folded for head in heads)
 
 
 def _policy_key(policy: Policy, segments: Sequence[Segment]) -> Hashable:

@@ -1,0 +1,201 @@
+"""Which exits are worth their head, given where images leave and what everything costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lgvit_fast.inference.engine import Engine
+from lgvit_fast.model import LGViT
+from lgvit_fast.ops.compact import compact_
+from lgvit_fast.outputs import Inference
+from lgvit_fast.segments import Segment
+
+__all__ = ["Costs", "Plan", "measure_costs", "plan_exits"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each part of a model at some batch sizes.
+
+    Attributes:
+        batches: the batch sizes, increasing.
+        embed: seconds of the embedding at each of them.
+        blocks: for each segment, seconds of its blocks at each of them.
+        heads: for each segment, seconds of what follows: the head, the decision, recording and
+            compaction; for the last, the classifier.
+    """
+
+    batches: tuple[int, ...]
+    embed: tuple[float, ...]
+    blocks: tuple[tuple[float, ...], ...]
+    heads: tuple[tuple[float, ...], ...]
+
+    def at(self, seconds: Sequence[float], batch: float) -> float:
+        """A part's seconds at any batch size, by interpolation; below one image, in proportion."""
+        return float(np.interp(batch, (0, *self.batches), (0, *seconds)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exits to ask, and what that should cost.
+
+    Attributes:
+        exits: layers of the exits to keep, for `Engine(model, exits=...)`.
+        seconds: predicted for an image with these exits.
+        seconds_with_all: predicted for an image with all exits.
+        seconds_dense: predicted for an image without any.
+        costs: what the predictions rest on.
+    """
+
+    exits: tuple[int, ...]
+    seconds: float
+    seconds_with_all: float
+    seconds_dense: float
+    costs: Costs
+
+
+def plan_exits(
+    model: LGViT | Engine,
+    histogram: Sequence[float],
+    batch_size: int = 16,
+    *,
+    costs: Costs | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Plan:
+    """Choose the exits that make an image cheapest on average.
+
+    An image whose exit is not kept leaves at the next one that is: it was sure enough before. All
+    choices of exits are compared, by dynamic programming.
+
+    Args:
+        model: in eval mode, or an `Engine` made of it.
+        histogram: how many images (or what share) leave at each exit, then at the classifier: E + 1
+            numbers, as `torch.bincount(result.exit_index, minlength=E + 1)` gives.
+        batch_size: images that enter together.
+        costs: None measures them now (`measure_costs`), which takes several dense passes.
+        image_size: `(height, width)` in pixels for the measurement; None takes the model's own.
+
+    Raises:
+        ValueError: a histogram of another length, with negative numbers or without images.
+    """
+    engine = model if isinstance(model, Engine) else Engine(model, max_batch=batch_size)
+    layers = [spec.layer for spec in engine.model.exits]
+    counts = np.asarray(histogram, dtype=float)
+    if counts.shape != (len(layers) + 1,) or counts.min() < 0 or not counts.sum() > 0:
+        raise ValueError(
+            f"histogram={list(histogram)}, expected {len(layers) + 1} numbers, none negative and some"
+            " positive: images that leave at each exit and at the classifier"
+        )
+    costs = measure_costs(engine.model, batch_size, image_size) if costs is None else costs
+    left = np.cumsum(counts) / counts.sum()
+    last = len(layers)
+
+    def price(kept: int | None, following: int) -> float:
+        """Seconds from behind one exit kept (None: the start) up to and with the following one."""
+        staying = batch_size * (1 - (0.0 if kept is None else float(left[kept])))
+        between = range(0 if kept is None else kept + 1, following + 1)
+        blocks = sum(costs.at(costs.blocks[i], staying) for i in between)
+        return blocks + costs.at(costs.heads[following], staying)
+
+    @cache
+    def cheapest(kept: int | None) -> tuple[float, tuple[int, ...]]:
+        """Seconds from behind an exit to the end, and the exits kept on the way."""
+        choices = [(price(kept, last), cast(tuple[int, ...], ()))]
+        for exit in range(0 if kept is None else kept + 1, last):
+            rest, exits = cheapest(exit)
+            choices.append((price(kept, exit) + rest, (exit, *exits)))
+        return min(choices)
+
+    def along(exits: Sequence[int]) -> float:
+        places: list[int | None] = [None, *exits]
+        return sum(price(a, b) for a, b in zip(places, [*exits, last], strict=True))
+
+    embed = costs.at(costs.embed, batch_size)
+    seconds, exits = cheapest(None)
+    return Plan(
+        exits=tuple(layers[i] for i in exits),
+        seconds=(embed + seconds) / batch_size,
+        seconds_with_all=(embed + along(range(last))) / batch_size,
+        seconds_dense=(embed + along(())) / batch_size,
+        costs=costs,
+    )
+
+
+def measure_costs(
+    model: LGViT,
+    batch_size: int,
+    image_size: tuple[int, int] | None = None,
+    rounds: int = 3,
+) -> Costs:
+    """Time the parts of a model, as its engine runs them, at 1, 2, 4, ... and `batch_size` images.
+
+    The least of `rounds` passes counts.
+    """
+    engine = Engine(model, max_batch=batch_size)
+    segments, adapter = engine.segments, engine.segments[0].adapter
+    parameter = next(model.parameters())
+    height, width = image_size or cast(tuple[int, ...], model.pretrained_cfg["input_size"])[1:]
+    batches = [1 << i for i in range(batch_size.bit_length()) if 1 << i < batch_size] + [batch_size]
+    best = np.full((len(batches), 1 + 2 * len(segments)), np.inf)
+    for _ in range(rounds):
+        for row, batch in enumerate(batches):
+            images = torch.zeros(
+                batch,
+                adapter.in_chans,
+                height,
+                width,
+                device=parameter.device,
+                dtype=parameter.dtype,
+            )
+            times = _time_parts(model, segments, images)
+            best[row] = np.minimum(best[row], times)
+    columns = best.T.tolist()
+    return Costs(
+        batches=tuple(batches),
+        embed=tuple(columns[0]),
+        blocks=tuple(map(tuple, columns[1::2])),
+        heads=tuple(map(tuple, columns[2::2])),
+    )
+
+
+@torch.no_grad()
+def _time_parts(model: LGViT, segments: Sequence[Segment], images: Tensor) -> list[float]:
+    """Seconds of the embedding, then of blocks and head of each segment; nobody leaves."""
+    adapter, size = segments[0].adapter, (images.shape[2], images.shape[3])
+    batch, policy = len(images), model.policy
+    answer = Inference.blank(batch, model.num_classes, model.compute_dtype, images.device)
+    alive, state = torch.arange(batch, device=images.device), policy.start(batch, images.device)
+    keep = torch.ones(batch, dtype=torch.bool, device=images.device)
+    tokens, seconds = _timed(partial(adapter.embed, images), images.device)
+    times = [seconds]
+    for segment in segments:
+        grid = adapter.patch_grid(size, segment.stop)
+        tokens, seconds = _timed(partial(segment.blocks, tokens, grid), images.device)
+        times.append(seconds)
+
+        def rest(tokens: Tensor, segment: Segment, grid: tuple[int, int]) -> None:
+            step = segment.ask(tokens, state, grid, segment.rule(policy))
+            answer.record(alive, segment.index, segment.stop, step)
+            if not segment.is_last:
+                compact_(tokens, keep, alive, state)
+
+        times.append(_timed(partial(rest, tokens, segment, grid), images.device)[1])
+    return times
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
