@@ -14,6 +14,7 @@ from lgvit_fast.heads.plain import AttentionHead, BlockHead, ConvHead, LinearHea
 from lgvit_fast.heads.readout import ClassReadout, MeanReadout
 from lgvit_fast.ops.exit_step import ExitRule, ExitStep, apply_rule, exit_step
 from lgvit_fast.ops.lph import LPHWeights
+from lgvit_fast.watch import Watch
 
 __all__ = ["ExitHead"]
 
@@ -81,7 +82,7 @@ class ExitHead(nn.Module):
             nn.init.trunc_normal_(classifier.weight, std=0.02)
             nn.init.zeros_(classifier.bias)
         self.folded: FoldedHead | None = None
-        self._folded_from: tuple[object, ...] = ()
+        self._watch: Watch | None = None
 
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Training form: tokens `[B, P + N, C]` to logits `[B, K]` and the feature `[B, n, C]`."""
@@ -135,9 +136,9 @@ class ExitHead(nn.Module):
         """
         if not self.fused:
             return
-        made_from = (dtype, *(_fingerprint(t) for t in (*self.parameters(), *self.buffers())))
-        if self.folded is not None and made_from == self._folded_from:
-            return
+        if self.folded is not None and self.folded.weight.dtype == dtype:
+            if self._watch is not None and not self._watch.changed():
+                return
         linears = self._linears
         with torch.autocast(linears[0].weight.device.type, enabled=False):
             pool_weights, matrix, matrix_bias = self.perception.fold(dtype)
@@ -148,7 +149,7 @@ class ExitHead(nn.Module):
             bias = bias + classifier @ matrix_bias
             vectors = torch.promote_types(dtype, torch.float32)
             self.folded = FoldedHead(pool_weights, weight.to(dtype), bias.to(vectors))
-        self._folded_from = made_from
+        self._watch = Watch(self)
 
     @property
     def _linears(self) -> list[nn.Linear]:
@@ -157,7 +158,7 @@ class ExitHead(nn.Module):
     def train(self, mode: bool = True) -> ExitHead:
         """Sets the mode; returning to train mode drops the folded weights."""
         if mode:
-            self.folded, self._folded_from = None, ()
+            self.folded = self._watch = None
         super().train(mode)
         return self
 
@@ -182,8 +183,3 @@ def _perception(spec: ExitSpec, width: int, num_heads: int, pool: str) -> Any:
         case "mlp":
             return MLPHead(width)
     return LinearHead()
-
-
-def _fingerprint(tensor: Tensor) -> tuple[int, int, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version
