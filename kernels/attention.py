@@ -234,7 +234,7 @@ def _check(qkv: Tensor, num_heads: int) -> tuple[Tensor, int]:
 _SHAPES = {
     ("forward", 2): (64, 8, 2, 255),
     ("forward", 4): (32, 8, 2, None),
-    ("backward", 2): (32, 4, 1, None),
+    ("backward", 2): (32, 4, 1, 255),
     ("backward", 4): (16, 8, 1, None),
 }
 

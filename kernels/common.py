@@ -180,7 +180,10 @@ def check_tokens(tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens:
         f" + {height} x {width} patches",
     )
     check_device("tokens", tokens)
-    require(tokens.shape[0] * expected < 2**31, "tokens has 2^31 or more rows")
+    require(
+        max(tokens.shape[0], tokens.shape[2]) * expected < 2**31,
+        f"tokens has shape {tuple(tokens.shape)}: 2^31 or more rows, or numbers in an image",
+    )
 
 
 def check_device(name: str, tensor: Tensor) -> None:

@@ -112,7 +112,7 @@ def depthwise_kernel(
 
 
 @autotune(CONFIGS, key=["C", "H", "W"])
-@triton.jit
+@triton.jit(do_not_specialize=["B", "splits"])
 def depthwise_taps_kernel(
     u,  # [B, N, C] contiguous: the convolution's input
     inner,  # [B, N, C] contiguous: gradient of its output

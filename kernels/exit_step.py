@@ -56,7 +56,7 @@ def accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "patience"])
 def exit_step_kernel(
     pooled,  # [B, M, C] contiguous float32
     tokens,  # [B, P + N, C]; image, token and channel strides below; its first T rows are read

@@ -33,7 +33,7 @@ __all__ = ["gah_pool"]
     key=["C", "BLOCK_M", "R", "AVERAGE", "PRECISION"],
     fits=projection_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gah_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     weight,  # [3C, C] contiguous; rows of q, then of k, are read
@@ -115,7 +115,7 @@ def row_softmax(s):
     ],
     key=["C", "BLOCK_Q", "IMAGES", "R", "AVERAGE", "PRECISION"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def gah_pool_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     qk,  # [B, n, 2C] contiguous, from gah_project_kernel

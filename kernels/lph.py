@@ -29,7 +29,7 @@ __all__ = ["lph_pool"]
 
 
 @autotune(projection_configs(), key=["C", "BLOCK_M", "FULL", "PRECISION"], fits=projection_fits)
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lph_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     weight,  # [C, C] contiguous
@@ -105,7 +105,7 @@ def mean_token(
     ],
     key=["C", "H", "W", "crowd"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["crowd"])
 def lph_depthwise_pool_kernel(
     u,  # [B, N, C] contiguous, from lph_project_kernel
     x,  # tokens of the first image's first patch; image, token and channel strides follow

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on two free cores, once: Triton keeps what it compiled
 def test_kernels_keep_to_the_budget() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.kernel_table", "--check"],
