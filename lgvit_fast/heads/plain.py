@@ -1,7 +1,7 @@
 """The rivals' heads: what the compared early-exit methods put at an exit (paper section 4.2).
 
 linear: SDN (Kaya et al., ICML 2019), PABEE (Zhou et al., NeurIPS 2020), BERxiT (Xin et al., EACL 2021)
-and PCEE (Zhang et al., ACL 2022). vit_ee: ViT-EE (Bakhtiarnia et al., BMVC 2021). mlp, conv and
+and PCEE (Zhang et al., NAACL 2022). vit_ee: ViT-EE (Bakhtiarnia et al., BMVC 2021). mlp, conv and
 attention are the plain alternatives to the local and global heads.
 """
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lgvit_fast.training.losses import STRATEGIES, Strategy
+from lgvit_fast.training.recipes import RECIPES
 from lgvit_fast.weights import load_json, save_json
 
 Stage = Literal["1", "2", "both"]
@@ -137,7 +138,10 @@ class TrainConfig:
         model_kwargs: further arguments of the timm model (`img_size`, `depth`, `in_chans`, ...).
         pretrained: start from timm's pretrained weights.
         exits: how many exits, or their blocks counted from 1; None: the default for the depth.
-        heads: head of each exit (`lph_full`, `lph_light`, `gah_2`, ...); None: the default rule.
+        heads: head of each exit (`lph_full`, `lph_light`, `gah_2`, ...) or one for all (`linear`,
+            `vit_ee`, `conv`, `attention`, `mlp`); None: the default rule.
+        recipe: a compared method, whose heads, stage 1 strategy, stages and exit policy are taken:
+            `sdn`, `pabee`, `berxit`, `vit_ee`, `pcee` or `lgvit`.
         num_classes: None: as many as the data has.
 
         data: folder or tar of class folders, root of a named dataset, or `digits` (bundled).
@@ -180,7 +184,8 @@ class TrainConfig:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     exits: int | list[int] | None = None
-    heads: list[str] | None = None
+    heads: str | list[str] | None = None
+    recipe: str | None = None
     num_classes: int | None = None
 
     data: str = "digits"
@@ -216,6 +221,10 @@ class TrainConfig:
     stage2: Stage2Config = field(default_factory=Stage2Config)
 
     def __post_init__(self) -> None:
+        if isinstance(self.heads, list) and len(self.heads) == 1:
+            self.heads = self.heads[0]
+        if self.recipe is not None:
+            self._follow(self.recipe)
         self.crop_scale = (float(self.crop_scale[0]), float(self.crop_scale[1]))
         for name, allowed in (("stage", get_args(Stage)), ("precision", get_args(Precision))):
             value = getattr(self, name)
@@ -229,6 +238,30 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected an even one for Mixup or CutMix"
             )
+
+    def _follow(self, name: str) -> None:
+        """Take what the recipe says; what was set otherwise already must agree with it."""
+        if name not in RECIPES:
+            near = difflib.get_close_matches(name, RECIPES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"recipe is {name!r}, expected one of {', '.join(RECIPES)}{hint}")
+        recipe, usual = RECIPES[name], Stage1Config().strategy
+        for field_name, found, allowed in (
+            ("heads", self.heads, (None, recipe.heads)),
+            ("stage1.strategy", self.stage1.strategy, (usual, recipe.strategy)),
+            ("stage", self.stage, ("both", "1") if recipe.stages == "1" else get_args(Stage)),
+        ):
+            if found not in allowed:
+                fitting = [key for key, r in RECIPES.items() if found in (r.heads, r.strategy)]
+                hint = f"; {found!r} belongs to {', '.join(fitting)}" if fitting else ""
+                raise ValueError(
+                    f"{field_name} is {found!r}, but recipe {name!r} wants {allowed[-1]!r}{hint};"
+                    " leave out one of them"
+                )
+        self.heads = recipe.heads
+        self.stage1.strategy = recipe.strategy
+        if recipe.stages == "1":
+            self.stage = "1"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

@@ -36,6 +36,7 @@ from lgvit_fast.training.data import (
     Source,
 )
 from lgvit_fast.training.logs import RunLog
+from lgvit_fast.training.recipes import RECIPES
 from lgvit_fast.training.rng import seed_all
 from lgvit_fast.training.stages import Stage1, Stage2
 from lgvit_fast.weights import load_json, load_weights
@@ -133,6 +134,8 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
             num_classes=_num_classes(config, data),
             **config.model_kwargs,
         )
+        if config.recipe is not None:
+            model.policy = RECIPES[config.recipe].policy_for(len(model.exits))
     if data.class_names and len(data.class_names) > model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, the images {len(data.class_names)}"

@@ -1,0 +1,81 @@
+"""Recipes: each method trains, keeps its heads and policy, and cannot be mixed up."""
+
+import pytest
+import torch
+
+import lgvit_fast
+from lgvit_fast.cli import main
+from lgvit_fast.training import Stage1Config, TrainConfig, train
+from lgvit_fast.training.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_method_trains_and_answers(name, small_config):
+    config = small_config(recipe=name, stage="both", stage1={"epochs": 1, "warmup_epochs": 0})
+    recipe = RECIPES[name]
+    assert config.stage1.strategy == recipe.strategy
+    assert config.stage == recipe.stages
+    result = train(config)
+    assert set(result.stages) == ({"stage1", "stage2"} if name == "lgvit" else {"stage1"})
+    model = lgvit_fast.LGViT.from_pretrained(list(result.stages.values())[-1].best)
+    assert type(model.policy) is type(recipe.policy)
+    if recipe.heads != "lgvit":
+        assert {spec.head for spec in model.exits} == {recipe.heads}
+    batch = torch.randn(4, 1, 16, 16)
+    expected = model.infer(batch)
+    got = lgvit_fast.Engine(model)(batch)
+    assert got.exit_index.tolist() == expected.exit_index.tolist()
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_stage2_without_local_and_global_heads(small_config):
+    config = small_config(
+        heads=["linear"],
+        stage="both",
+        stage1={"epochs": 1, "warmup_epochs": 0},
+        stage2={"epochs": 1, "strategy": "distillation"},
+    )
+    assert config.heads == "linear"
+    result = train(config)
+    assert result.stages["stage2"].updates > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_config_that_followed_a_recipe_comes_back(name):
+    config = TrainConfig(recipe=name)
+    again = TrainConfig.from_dict(config.to_dict())
+    assert again == config
+
+
+def test_patience_is_never_more_than_the_exits():
+    assert RECIPES["pabee"].policy_for(3) == lgvit_fast.Patience(3)
+    assert RECIPES["pabee"].policy_for(8) == lgvit_fast.Patience(7)
+    assert RECIPES["pcee"].policy_for(1) == lgvit_fast.PatientConfident(0.5, 1)
+    assert RECIPES["sdn"].policy_for(1) == lgvit_fast.Confidence()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        pytest.param({"recipe": "bee"}, "did you mean pabee", id="unknown"),
+        pytest.param(
+            {"recipe": "sdn", "heads": "vit_ee"}, "'vit_ee' belongs to vit_ee", id="heads"
+        ),
+        pytest.param(
+            {"recipe": "sdn", "stage1": Stage1Config(strategy="alternating")},
+            "'alternating' belongs to berxit",
+            id="strategy",
+        ),
+        pytest.param({"recipe": "pabee", "stage": "2"}, "stage is '2'", id="stage"),
+        pytest.param({"recipe": "lgvit", "heads": ["linear"]}, "sdn, pabee", id="lgvit-heads"),
+    ],
+)
+def test_mixed_up_recipes_name_what_would_work(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_the_command_line_takes_a_recipe(tmp_path, capsys):
+    code = main(["train", "--recipe", "sdn", "--heads", "vit_ee", "--output", str(tmp_path)])
+    assert code == 2
+    assert "belongs to vit_ee" in capsys.readouterr().err
