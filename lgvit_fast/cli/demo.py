@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     from lgvit_fast import Confidence
     from lgvit_fast.cli.eval import show, write
     from lgvit_fast.evaluation import evaluate
-    from lgvit_fast.training import Digits, InputSpec, recipes, train
+    from lgvit_fast.training import Digits, InputSpec, digits_recipe, train
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".training-", dir=out) as folder:
-        config = recipes.digits(folder)
+        config = digits_recipe(folder)
         config.seed, config.device = args.seed, "cpu"
         config.tensorboard, config.save_every = False, 0
         if args.fast:

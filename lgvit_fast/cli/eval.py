@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lgvit_fast.evaluation import Evaluation
     from lgvit_fast.model import LGViT
     from lgvit_fast.policies import Policy
-    from lgvit_fast.training.data import Source
+    from lgvit_fast.training.batch import Source
 
 _NOTES = """\
 One pass keeps what every exit says of every image; each policy is then replayed on that. Without
@@ -199,7 +199,8 @@ def _open(
     """The images, and what brings their class numbers to the model's."""
     import torch
 
-    from lgvit_fast.training.data import ImageSource, InputSpec, eval_transform, open_dataset
+    from lgvit_fast.training.batch import InputSpec
+    from lgvit_fast.training.data import ImageSource, eval_transform, open_dataset
     from lgvit_fast.training.digits import Digits
 
     spec = InputSpec.of(model.backbone)

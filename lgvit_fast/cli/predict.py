@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lgvit_fast.model import LGViT
-    from lgvit_fast.training.data import Batch
+    from lgvit_fast.training.batch import Batch
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _COLUMNS = (
@@ -101,7 +101,8 @@ def _rows(
     model: LGViT, paths: list[str], names: list[str], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One row per path, in order."""
-    from lgvit_fast.training.data import Batches, ImageSource, InputSpec, Loader, eval_transform
+    from lgvit_fast.training.batch import InputSpec
+    from lgvit_fast.training.data import Batches, ImageSource, Loader, eval_transform
 
     if not paths:
         return

@@ -17,7 +17,8 @@ from lgvit_fast.evaluation.timing import Timing, compare
 from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, sweep
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
-from lgvit_fast.training.data import Batch, Batches, Loader, Source
+from lgvit_fast.training.batch import Batch, Source
+from lgvit_fast.training.data import Batches, Loader
 
 __all__ = ["Evaluation", "evaluate"]
 

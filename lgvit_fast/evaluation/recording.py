@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.data import BadImage, Batch
+from lgvit_fast.training.batch import BadImage, Batch
 
 __all__ = ["Recording", "record"]
 

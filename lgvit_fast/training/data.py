@@ -10,81 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import timm.data
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lgvit_fast.training.batch import BadImage, Batch, InputSpec, Key, Source
 from lgvit_fast.training.config import TrainConfig
+from lgvit_fast.training.digits import Digits
 from lgvit_fast.training.rng import generator, seeded
-
-Key = tuple[int, int]
-
-
-class BadImage(NamedTuple):
-    """A file that could not be read, and why."""
-
-    name: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """Images `[b, C, H, W]` float32, classes `[b]` int64, and what could not be read."""
-
-    images: Tensor
-    targets: Tensor
-    bad: list[BadImage]
-
-
-class BadImageError(ValueError):
-    """Training met a file that is not a readable image."""
-
-
-class Source(Protocol):
-    """Labelled images by key."""
-
-    class_names: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """The images a model wants: channels, (H, W), and how they are resized and normalised."""
-
-    channels: int
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-
-    @classmethod
-    def of(cls, backbone: nn.Module) -> InputSpec:
-        """Read a timm model's own data config, with the size and channels it was really built for."""
-        config = timm.data.resolve_model_data_config(backbone)
-        embed: Any = backbone.patch_embed
-        size = getattr(embed, "img_size", None) or config["input_size"][1:]
-        projection = next(module for module in embed.modules() if isinstance(module, nn.Conv2d))
-        channels = projection.in_channels
-        mean, std = tuple(config["mean"]), tuple(config["std"])
-        if len(mean) != channels:
-            mean = (sum(mean) / len(mean),) * channels
-            std = (sum(std) / len(std),) * channels
-        return cls(
-            channels=channels,
-            size=(int(size[0]), int(size[1])),
-            mean=mean,
-            std=std,
-            interpolation=config["interpolation"],
-            # a crop margin costs detail that a small image does not have
-            crop_pct=config["crop_pct"] if min(size) > 64 else 1.0,
-        )
 
 
 class ImageSource:
@@ -255,8 +192,6 @@ class Data:
         """Training and validation images as a model with this input wants them."""
         config = self.config
         if self.train is None:
-            from lgvit_fast.training.digits import Digits
-
             train_digits = Digits("train", spec, augment=config.augment, seed=config.seed)
             return train_digits, Digits("validation", spec)
         mode = "L" if spec.channels == 1 else "RGB"

@@ -1,15 +1,9 @@
-"""The training loop: both stages, resumable at any moment.
-
-Example:
-    >>> config = TrainConfig(model="vit_tiny_patch16_224", data="flowers", output="runs/flowers")
-    >>> result = train(config)
-    >>> result.model  # the best one, in eval mode
-"""
+"""One stage: epochs of updates, resumable at any moment."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,24 +16,17 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
-from lgvit_fast.model import LGViT, create_model
+from lgvit_fast.model import LGViT
+from lgvit_fast.training.batch import BadImage, BadImageError, Batch, Source
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 from lgvit_fast.training.config import StageConfig, TrainConfig
-from lgvit_fast.training.data import (
-    BadImage,
-    BadImageError,
-    Batch,
-    Batches,
-    Data,
-    InputSpec,
-    Loader,
-    Source,
-)
+from lgvit_fast.training.data import Batches, Loader
+from lgvit_fast.training.identity import describe_model
 from lgvit_fast.training.logs import RunLog
-from lgvit_fast.training.recipes import RECIPES
+from lgvit_fast.training.process import Process
 from lgvit_fast.training.rng import seed_all
 from lgvit_fast.training.stages import Stage1, Stage2
-from lgvit_fast.weights import load_json, load_weights
+from lgvit_fast.training.validation import Accuracy, take_bad, validate
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +39,6 @@ _FREE = {
     "workers", "skip_bad_images", "device", "log_every", "save_every", "tensorboard", "progress",
     "stage1", "stage2",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 accuracy on the validation images, 0 to 1: of each exit, and of the final classifier."""
-
-    exits: tuple[float, ...]
-    final: float
 
 
 @dataclass(frozen=True)
@@ -81,79 +60,6 @@ class StageResult:
     bad_images: int
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """A run's outcome.
-
-    Attributes:
-        model: the last stage's best model, in eval mode.
-        stages: `stage1`, `stage2`, as far as they were run.
-        output: the run's folder.
-    """
-
-    model: LGViT
-    stages: dict[str, StageResult]
-    output: Path
-
-
-def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
-    """Train as `config` says.
-
-    Under torchrun every process trains on its part of each batch (`batch_size` is per process).
-
-    Args:
-        config: the whole run.
-        model: train this one, rather than the one that `config` names.
-
-    Returns:
-        The best model and how good it is.
-
-    Raises:
-        FileExistsError: if `output` holds a run and `resume` is not set.
-        FileNotFoundError: if data, or the stage 1 model that stage 2 needs, are not there.
-        ValueError: if a checkpoint belongs to another model or config, naming what differs.
-        BadImageError: at an unreadable image, unless `skip_bad_images`.
-        FloatingPointError: if the loss is no longer finite.
-    """
-    output = Path(config.output)
-    names = ["stage1", "stage2"] if config.stage == "both" else [f"stage{config.stage}"]
-    used = [output / name for name in names if (output / name / CHECKPOINT).exists()]
-    if used and not config.resume:
-        raise FileExistsError(
-            f"{used[0]} holds a run; resume it (resume=True) or choose another output"
-        )
-    process = Process.start(config.device)
-    data = Data.open(config)
-    seed_all(config.seed, "init")
-    if model is None:
-        model = create_model(
-            config.model,
-            config.pretrained,
-            exits=config.exits,
-            heads=config.heads,
-            num_classes=_num_classes(config, data),
-            **config.model_kwargs,
-        )
-        if config.recipe is not None:
-            model.policy = RECIPES[config.recipe].policy_for(len(model.exits))
-    if data.class_names and len(data.class_names) > model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, the images {len(data.class_names)}"
-        )
-    if len(data.class_names) == model.num_classes:
-        model.class_names = data.class_names
-    model.to(process.device)
-    sources = data.sources(InputSpec.of(model.backbone))
-    stages = {}
-    for name in names:
-        if name == "stage2":
-            load_stage1(config.stage1_from or output / "stage1" / BEST, model)
-        stages[name] = train_stage(name, model, sources, config, process)
-        load_model(stages[name].best, model)
-    model.freeze_backbone(False)
-    return TrainResult(model.eval(), stages, output)
-
-
 def train_stage(
     name: str, model: LGViT, sources: tuple[Source, Source], config: TrainConfig, process: Process
 ) -> StageResult:
@@ -165,76 +71,6 @@ def train_stage(
     if config.resume and run.path.exists():
         run.resume()
     return run.go()
-
-
-@torch.no_grad()
-def validate(
-    model: LGViT,
-    loader: Loader,
-    device: torch.device,
-    autocast: AbstractContextManager[Any] | None = None,
-    bad: list[BadImage] | None = None,
-) -> Accuracy:
-    """Accuracy of every classifier, nobody leaving early. Unreadable images are added to `bad`.
-
-    Raises:
-        BadImageError: at an unreadable image, if `bad` is None.
-    """
-    was_training = model.training
-    model.eval()
-    right = torch.zeros(len(model.exits) + 1, dtype=torch.long, device=device)
-    count = 0
-    for batch in loader.epoch():
-        _take_bad(batch, bad)
-        if not len(batch.targets):
-            continue
-        targets = batch.targets.to(device, non_blocking=True)
-        with autocast or nullcontext():
-            outputs = model.forward_exits(batch.images.to(device, non_blocking=True))
-        answers = torch.stack([logits.argmax(-1) for logits in (*outputs.exits, outputs.final)])
-        right += (answers == targets).sum(dim=1)
-        count += len(targets)
-    model.train(was_training)
-    shares = (right.double() / max(count, 1)).tolist()
-    return Accuracy(tuple(shares[:-1]), shares[-1])
-
-
-# -------------------------------------------------------------------------------- one process
-
-
-@dataclass(frozen=True)
-class Process:
-    """Where this process computes, and its place among those of a torchrun."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def start(cls, device: str | None = None) -> Process:
-        """Join the other processes if there are any.
-
-        Args:
-            device: None takes a GPU if there is one.
-        """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if torch.distributed.is_initialized():
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            local = timm.utils.distributed.world_info_from_env()[0]
-            place = torch.device(device, local) if device == "cuda" else torch.device(device)
-            return cls(place, rank, world_size)
-        joined = timm.utils.distributed.init_distributed_device_so(device)
-        return cls(torch.device(joined["device"]), joined["global_rank"], joined["world_size"])
-
-    @property
-    def primary(self) -> bool:
-        """Whether this process is the one that writes files and shows progress."""
-        return self.rank == 0
-
-    @property
-    def distributed(self) -> bool:
-        """Whether there are other processes."""
-        return self.world_size > 1
 
 
 @dataclass
@@ -425,7 +261,7 @@ class _StageRun:
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         bad: list[BadImage] | None = [] if self.config.skip_bad_images else None
-        _take_bad(batch, bad)
+        take_bad(batch, bad)
         self.progress.bad_images += len(batch.bad)
         if not len(batch.targets):
             raise BadImageError(f"no image of a batch can be read; the first: {batch.bad[0].name}")
@@ -491,7 +327,7 @@ class _StageRun:
         config = self.config.to_dict()
         return {
             "stage": self.name,
-            "model": _describe(self.model),
+            "model": describe_model(self.model),
             "config": {key: value for key, value in config.items() if key not in _FREE},
             self.name: config[self.name],
             "training images": self.loader.batches.length,
@@ -530,92 +366,3 @@ class _StageRun:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = _Progress(**state["progress"])
-
-
-# ------------------------------------------------------------------------------- models on disk
-
-
-def describe(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What makes two models interchangeable: backbone, classes, exits and the shape of each weight.
-
-    Args:
-        config: what `LGViT.get_config` gives.
-        weights: the state dict.
-    """
-    facts = {key: value for key, value in config.items() if key not in ("policy", "class_names")}
-    facts["exits"] = [f"{spec['head']} after block {spec['layer']}" for spec in config["exits"]]
-    if facts["backbone"] is not None:
-        arguments = facts["backbone"]["args"].items()
-        kept = {key: value for key, value in arguments if "drop" not in key}
-        facts["backbone"] = {**facts["backbone"], "args": kept}
-    facts["weights"] = {name: list(value.shape) for name, value in weights.items()}
-    return facts
-
-
-def load_stage1(path: str | Path, model: LGViT) -> None:
-    """Give `model` the weights of a stage 1 run: a saved model folder, or its training checkpoint.
-
-    Raises:
-        FileNotFoundError: if nothing is there.
-        ValueError: if it is of another stage, or of a model that differs, naming what does.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"stage 2 starts from a stage 1 model, and there is none at {path}; run stage 1 first, or"
-            " name a saved model folder or a stage 1 checkpoint in stage1_from"
-        )
-    if path.is_dir():
-        load_model(path, model)
-        return
-    checkpoint = Checkpoint.load(path)
-    if checkpoint.facts.get("stage") != "stage1":
-        raise ValueError(
-            f"{path} is a checkpoint of {checkpoint.facts.get('stage')}, not of stage1"
-        )
-    _require_same(path, checkpoint.facts["model"], _describe(model))
-    weights = checkpoint.state["ema"] or checkpoint.state["model"]
-    model.load_state_dict(weights)
-
-
-def load_model(folder: str | Path, model: LGViT) -> None:
-    """Give `model` the weights of a saved one, after checking that they are the same model.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the two differ, naming what differs.
-    """
-    config = load_json(Path(folder) / "config.json")
-    weights = load_weights(Path(folder) / "model.safetensors")
-    _require_same(Path(folder), describe(config, weights), _describe(model))
-    model.load_state_dict(weights)
-
-
-def _describe(model: LGViT) -> dict[str, Any]:
-    return describe(model.get_config(), model.state_dict())
-
-
-def _require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    found = differences(saved, current)
-    if found:
-        raise ValueError(f"{path} holds another model: " + "; ".join(found))
-
-
-def _num_classes(config: TrainConfig, data: Data) -> int:
-    if config.num_classes is not None:
-        return config.num_classes
-    if not data.class_names:
-        raise ValueError(
-            f"the dataset {config.dataset!r} does not name its classes: give num_classes"
-        )
-    return len(data.class_names)
-
-
-def _take_bad(batch: Batch, bad: list[BadImage] | None) -> None:
-    """Collect a batch's unreadable images, or stop at them."""
-    for image in batch.bad:
-        if bad is None:
-            raise BadImageError(f"cannot read {image.name}: {image.reason}")
-        if not bad or image not in bad:
-            logger.warning("left out %s: %s", image.name, image.reason)
-        bad.append(image)

@@ -21,7 +21,7 @@ def tiny_recipe(output):
 
 
 def test_demo_leaves_model_report_and_pictures_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lgvit_fast.training.recipes.digits", tiny_recipe)
+    monkeypatch.setattr("lgvit_fast.training.digits_recipe", tiny_recipe)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     text = capsys.readouterr().out

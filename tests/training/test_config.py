@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from lgvit_fast.training import Stage1Config, Stage2Config, TrainConfig, recipes
+from lgvit_fast.training import Stage1Config, Stage2Config, TrainConfig, digits_recipe
 
 
 @pytest.mark.parametrize(
     "config",
     [
         TrainConfig(),
-        recipes.digits("somewhere"),
+        digits_recipe("somewhere"),
         TrainConfig(exits=[2, 5], heads=["lph_full", "gah_2"], crop_scale=(0.5, 1.0)),
         TrainConfig(stage1=Stage1Config(strategy="normal"), stage2=Stage2Config(published=True)),
     ],

@@ -9,8 +9,9 @@ import timm
 import torch
 from PIL import Image
 
+from lgvit_fast.training.batch import InputSpec
 from lgvit_fast.training.config import TrainConfig
-from lgvit_fast.training.data import Batches, Data, InputSpec, Loader, open_dataset
+from lgvit_fast.training.data import Batches, Data, Loader, open_dataset
 from lgvit_fast.training.digits import Digits
 
 SPEC = InputSpec(3, (16, 16), (0.5,) * 3, (0.25,) * 3)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import lgvit_fast
-from lgvit_fast.training import BadImageError, Digits, InputSpec, loop, train
+from lgvit_fast.training import BadImageError, Digits, InputSpec, loop, train, validate
 from lgvit_fast.training.data import Batches, Loader
 from lgvit_fast.training.stages import Stage2
 from lgvit_fast.weights import load_weights
@@ -65,7 +65,7 @@ def test_both_stages_learn(small_config):
     spec = InputSpec.of(result.model.backbone)
     source = Digits("validation", spec)
     loader = Loader(source, Batches(len(source), 100, training=False))
-    assert loop.validate(result.model, loader, torch.device("cpu")) == stage2.accuracy
+    assert validate(result.model, loader, torch.device("cpu")) == stage2.accuracy
     saved = lgvit_fast.LGViT.from_pretrained(stage2.best)
     images = source.__getitems__([(0, 0), (0, 1)]).images
     assert torch.equal(saved(images), result.model(images))

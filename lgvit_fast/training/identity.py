@@ -1,0 +1,81 @@
+"""Whether two models on disk or in memory are the same one, and loading only if they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lgvit_fast.model import LGViT
+from lgvit_fast.training.checkpoint import Checkpoint, differences
+from lgvit_fast.weights import load_json, load_weights
+
+__all__ = ["describe", "load_model", "load_stage1", "require_same"]
+
+
+def describe(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What makes two models interchangeable: backbone, classes, exits and the shape of each weight.
+
+    Args:
+        config: what `LGViT.get_config` gives.
+        weights: the state dict.
+    """
+    facts = {key: value for key, value in config.items() if key not in ("policy", "class_names")}
+    facts["exits"] = [f"{spec['head']} after block {spec['layer']}" for spec in config["exits"]]
+    if facts["backbone"] is not None:
+        arguments = facts["backbone"]["args"].items()
+        kept = {key: value for key, value in arguments if "drop" not in key}
+        facts["backbone"] = {**facts["backbone"], "args": kept}
+    facts["weights"] = {name: list(value.shape) for name, value in weights.items()}
+    return facts
+
+
+def load_stage1(path: str | Path, model: LGViT) -> None:
+    """Give `model` the weights of a stage 1 run: a saved model folder, or its training checkpoint.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: if it is of another stage, or of a model that differs, naming what does.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"stage 2 starts from a stage 1 model, and there is none at {path}; run stage 1 first, or"
+            " name a saved model folder or a stage 1 checkpoint in stage1_from"
+        )
+    if path.is_dir():
+        load_model(path, model)
+        return
+    checkpoint = Checkpoint.load(path)
+    if checkpoint.facts.get("stage") != "stage1":
+        raise ValueError(
+            f"{path} is a checkpoint of {checkpoint.facts.get('stage')}, not of stage1"
+        )
+    require_same(path, checkpoint.facts["model"], describe_model(model))
+    weights = checkpoint.state["ema"] or checkpoint.state["model"]
+    model.load_state_dict(weights)
+
+
+def load_model(folder: str | Path, model: LGViT) -> None:
+    """Give `model` the weights of a saved one, after checking that they are the same model.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the two differ, naming what differs.
+    """
+    config = load_json(Path(folder) / "config.json")
+    weights = load_weights(Path(folder) / "model.safetensors")
+    require_same(Path(folder), describe(config, weights), describe_model(model))
+    model.load_state_dict(weights)
+
+
+def describe_model(model: LGViT) -> dict[str, Any]:
+    return describe(model.get_config(), model.state_dict())
+
+
+def require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    found = differences(saved, current)
+    if found:
+        raise ValueError(f"{path} holds another model: " + "; ".join(found))
