@@ -13,6 +13,7 @@ arXiv 2308.00255).
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lgvit_fast._timm_hook import register_with_timm
 from lgvit_fast._version import __version__
 
 if TYPE_CHECKING:
@@ -75,3 +76,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_timm()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -18,13 +17,14 @@ from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
 from lgvit_fast.pretrained import PretrainedMixin, describe_backbone
 from lgvit_fast.segments import cut
+from lgvit_fast.timm_interface import BACKBONE, TimmInterface
 
 __all__ = ["LGViT", "create_model"]
 
-_BACKBONE, _HEADS = "backbone.", "exit_heads."
+_HEADS = "exit_heads."
 
 
-class LGViT(PretrainedMixin, nn.Module):
+class LGViT(PretrainedMixin, TimmInterface, nn.Module):
     """A timm classifier whose easy images leave early.
 
     The wrapped model keeps its weights under its own names in `state_dict()`; the heads add
@@ -36,7 +36,7 @@ class LGViT(PretrainedMixin, nn.Module):
         exits: where: None (the default layout), a count, block numbers from 1, or `ExitSpec`s.
         num_classes: K; a new classifier is made if it differs from the model's own.
         heads: what: one of "lph_full", "lph_light", "gah_r", ... for each exit (see `ExitSpec`), or one
-            name for all: "linear", "vit_ee", "conv", "attention", "mlp". None or "lgvit" is the paper's.
+            name for all: "linear", "vit_ee", "conv", "attention", "mlp". None or "lgvit": the paper's.
         pool: grid pooling of global heads, "subsample" (as published) or "average".
         num_heads: attention heads of heads that attend; must divide the width.
 
@@ -88,8 +88,7 @@ class LGViT(PretrainedMixin, nn.Module):
             )
             for spec in self.exits
         )
-        layers = tuple(spec.layer for spec in self.exits)
-        self.segments = cut(self.adapter, layers, tuple(self._heads))
+        self.cut_segments()
         parameter = next(timm_model.parameters())
         self.exit_heads.to(parameter.device, parameter.dtype)
         self._policy: Policy = Confidence()
@@ -99,6 +98,11 @@ class LGViT(PretrainedMixin, nn.Module):
         self.register_load_state_dict_pre_hook(_show_backbone_prefix)
         self.register_load_state_dict_post_hook(_rename_incompatible)
         self.train(timm_model.training)
+
+    def cut_segments(self) -> None:
+        """Make `segments` from the blocks, heads and classifier as they are now."""
+        layers = tuple(spec.layer for spec in self.exits)
+        self.segments = cut(self.adapter, layers, tuple(self._heads))
 
     @property
     def policy(self) -> Policy:
@@ -215,27 +219,6 @@ class LGViT(PretrainedMixin, nn.Module):
             self.backbone.eval()
         return self
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizer factory exempts from weight decay."""
-        return {_BACKBONE + name for name in self.backbone.no_weight_decay()}  # type: ignore[operator]
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by depth for timm's layer-wise lr decay; the heads count as deepest."""
-        matcher = self.backbone.group_matcher(coarse)  # type: ignore[operator]
-        return {
-            name: [(_below_backbone(pattern), suffix) for pattern, suffix in spec]
-            if isinstance(spec, list | tuple)
-            else _below_backbone(spec)
-            for name, spec in matcher.items()
-        }
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """Timm's configuration of the backbone: mean, std, input size and so on."""
-        return self.backbone.pretrained_cfg  # type: ignore[return-value]
-
-    default_cfg = pretrained_cfg
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of logits: autocast's where it is on, else the heads' own."""
@@ -292,15 +275,11 @@ def create_model(
     return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
 
 
-def _below_backbone(pattern: str) -> str:
-    return rf"^{re.escape(_BACKBONE)}(?:{pattern.replace('^', '')})"
-
-
 def _hide_backbone_prefix(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + _BACKBONE)]:
-        state_dict[prefix + key[len(prefix + _BACKBONE) :]] = state_dict.pop(key)
+    for key in [key for key in state_dict if key.startswith(prefix + BACKBONE)]:
+        state_dict[prefix + key[len(prefix + BACKBONE) :]] = state_dict.pop(key)
 
 
 def _show_backbone_prefix(
@@ -309,9 +288,9 @@ def _show_backbone_prefix(
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]
         if not name.startswith(_HEADS):
-            state_dict[prefix + _BACKBONE + name] = state_dict.pop(key)
+            state_dict[prefix + BACKBONE + name] = state_dict.pop(key)
 
 
 def _rename_incompatible(module: nn.Module, incompatible: Any) -> None:
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [key.replace(_BACKBONE, "", 1) for key in keys]
+        keys[:] = [key.replace(BACKBONE, "", 1) for key in keys]

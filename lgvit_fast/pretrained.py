@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from lgvit_fast import policies
 from lgvit_fast.heads import ExitSpec
-from lgvit_fast.weights import load_json, load_weights, save_json, save_weights
+from lgvit_fast.weights import load_json, load_weights, save_json, save_weights, write_atomic
 
 if TYPE_CHECKING:
     from typing import Self
@@ -34,8 +37,44 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _FORMAT = "lgvit_fast/1"
 
 
-class PretrainedMixin:
-    """`save_pretrained` and `from_pretrained` for `LGViT`."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ backbone }} with early exits
+
+An image classifier ({{ num_classes }} classes) that answers easy images after a few of its
+{{ num_blocks }} blocks ([LGViT](https://arxiv.org/abs/2308.00255)), made with lgvit_fast.
+
+| exit after block | head |
+|---|---|
+{% for layer, head in exits %}| {{ layer }} | {{ head }} |
+{% endfor %}
+Saved exit policy: `{{ policy }}`.
+
+```python
+import lgvit_fast
+
+model = lgvit_fast.LGViT.from_pretrained("{{ repo_id | default('user/model', true) }}")
+result = model.infer(images)  # logits, and the exit at which each image left
+```
+"""
+
+
+class PretrainedMixin(
+    PyTorchModelHubMixin,
+    model_card_template=_CARD,
+    library_name="lgvit_fast",
+    license="apache-2.0",
+    pipeline_tag="image-classification",
+    tags=["early-exit", "vision-transformer", "lgvit"],
+):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` for `LGViT`.
+
+    Of the hub's mixin it keeps the interface; what is written, and how, is ours.
+    """
 
     def get_config(self) -> dict[str, Any]:
         """Everything but the weights, as json types: backbone, exits, head options, policy."""
@@ -58,34 +97,101 @@ class PretrainedMixin:
         if model._backbone_config is not None:
             model._backbone_config["layer_norm_eps"] = eps
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, each atomically."""
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and, if there is none, a model card `README.md`.
+
+        Each file appears whole or not at all.
+
+        Args:
+            folder: where to.
+            push_to_hub: also upload to the Hugging Face hub, see `push_to_hub`.
+            repo_id: name there, "user/model"; None takes the folder's name.
+            model_card_kwargs: values for the model card beyond what the model says of itself.
+            **push_to_hub_kwargs: go to `push_to_hub`.
+
+        Returns:
+            The address of the upload, if there was one.
+        """
+        model, folder = cast("LGViT", self), Path(folder)
+        save_weights(folder / _WEIGHTS, model.state_dict(), {"format": _FORMAT})
+        save_json(folder / _CONFIG, self.get_config())
+        if not (folder / "README.md").exists():
+            card = str(self.generate_model_card(**(model_card_kwargs or {})))
+            write_atomic(folder / "README.md", lambda file: _write(file, card))
+        if not push_to_hub:
+            return None
+        push_to_hub_kwargs.pop("config", None)  # ours is in the folder
+        return self.push_to_hub(
+            repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs
+        )
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """A model card that says what the exits are and how to use the model."""
         model = cast("LGViT", self)
-        save_weights(Path(folder) / _WEIGHTS, model.state_dict(), {"format": _FORMAT})
-        save_json(Path(folder) / _CONFIG, self.get_config())
+        backbone = (model._backbone_config or {}).get("name") or type(model.backbone).__name__
+        facts = {
+            "backbone": backbone,
+            "num_blocks": model.num_blocks,
+            "num_classes": model.num_classes,
+            "exits": [(spec.layer, spec.head) for spec in model.exits],
+            "policy": repr(model.policy),
+        }
+        return super().generate_model_card(*args, **{**facts, **kwargs})
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], backbone: nn.Module | None = None
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: str | os.PathLike[str],
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Make the model that `save_pretrained` wrote, in eval mode on the CPU.
 
         Args:
-            folder: where it was written.
+            folder: where it was written, or its name on the Hugging Face hub, "user/model".
             backbone: a timm model of the same shape; needed only where the saved one was not made by
                 `timm.create_model` with plain arguments and so cannot be made again by name.
+            revision: on the hub: branch, tag or commit.
+            token: for a private repository on the hub.
+            cache_dir: where files from the hub are kept.
+            force_download: fetch them anew.
+            local_files_only: take them from there, without asking the hub.
 
         Raises:
-            FileNotFoundError: no such folder or a file is missing in it.
+            FileNotFoundError: no such folder, a file is missing in it, or the hub does not have it or
+                cannot be reached.
             ValueError: another format, a damaged file, or weights that do not fit, naming the keys.
         """
-        config = load_json(Path(folder) / _CONFIG)
+        place = Path(folder)
+        if not place.exists() and _HUB_NAME.fullmatch(str(folder)):
+            place = _download(
+                str(folder),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        config = load_json(place / _CONFIG)
         if not isinstance(config, dict) or config.get("format") != _FORMAT:
             found = config.get("format") if isinstance(config, dict) else config
             raise ValueError(f"{folder} has format {found!r}, expected {_FORMAT!r}")
-        tensors = load_weights(Path(folder) / _WEIGHTS)
+        tensors = load_weights(place / _WEIGHTS)
         model = cls.from_config(config, backbone)
-        load_strictly(cast("LGViT", model), tensors, str(Path(folder) / _WEIGHTS))
+        load_strictly(cast("LGViT", model), tensors, str(place / _WEIGHTS))
         return model.eval()  # type: ignore[attr-defined]
 
     @classmethod
@@ -103,7 +209,7 @@ class PretrainedMixin:
                     " so its config does not say how to make it again: give backbone="
                 )
             backbone = timm.create_model(made["name"], **made["args"])
-        model = cls(  # type: ignore[call-arg]
+        model = cls(
             backbone,
             [ExitSpec(**spec) for spec in config["exits"]],
             config["num_classes"],
@@ -174,6 +280,19 @@ def set_layer_norm_eps(model: nn.Module, eps: float | None) -> None:
             module.eps = eps
 
 
+def _download(name: str, **options: Any) -> Path:
+    """The folder in the hub's cache that holds a model's two files."""
+    try:
+        files = [hf_hub_download(name, file, **options) for file in (_CONFIG, _WEIGHTS)]
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and the hub did not give it ({reason}); offline, give"
+            " a folder that save_pretrained wrote, or a model that is in the cache"
+        ) from error
+    return Path(files[0]).parent
+
+
 def _describe_policy(policy: policies.Policy) -> dict[str, Any] | None:
     """A built-in policy as json; None for one whose meaning lives in user code."""
     if getattr(policies, type(policy).__name__, None) is not type(policy):
@@ -181,6 +300,10 @@ def _describe_policy(policy: policies.Policy) -> dict[str, Any] | None:
     if not dataclasses.is_dataclass(policy):
         return None
     return {"name": type(policy).__name__, **dataclasses.asdict(policy)}
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def shortened(keys: Sequence[str], limit: int = 6) -> str:

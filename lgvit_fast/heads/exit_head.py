@@ -77,12 +77,15 @@ class ExitHead(nn.Module):
             self.readout = MeanReadout(width, norm or self.whole)
         self.fused = hasattr(self.perception, "pool") and self.readout.affine
         count = max(1, num_class_tokens)
-        self.classifiers = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(count))
-        for classifier in self._linears:
-            nn.init.trunc_normal_(classifier.weight, std=0.02)
-            nn.init.zeros_(classifier.bias)
+        self.classifiers = _classifiers(count, width, num_classes)
         self.folded: FoldedHead | None = None
         self._watch: Watch | None = None
+
+    def reset_classifiers(self, num_classes: int) -> None:
+        """Fresh classifiers for K classes."""
+        old = self._linears[0]
+        new = _classifiers(len(self.classifiers), old.in_features, num_classes)
+        self.classifiers = new.to(old.weight.device, old.weight.dtype)
 
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Training form: tokens `[B, P + N, C]` to logits `[B, K]` and the feature `[B, n, C]`."""
@@ -161,6 +164,15 @@ class ExitHead(nn.Module):
             self.folded = self._watch = None
         super().train(mode)
         return self
+
+
+def _classifiers(count: int, width: int, num_classes: int) -> nn.ModuleList:
+    """Fresh linear classifiers."""
+    linears = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(count))
+    for linear in linears:
+        nn.init.trunc_normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    return linears
 
 
 def _perception(spec: ExitSpec, width: int, num_heads: int, pool: str) -> Any:
