@@ -19,10 +19,14 @@ inline Vec load(const at::BFloat16* data) {
 }
 
 // The first `count` lanes from `data`, zeros after them; reads nothing past `data + count`.
-template <typename T>
-Vec load(const T* data, int64_t count) {
+inline Vec load(const float* data, int64_t count) {
   if (count >= kLanes) return load(data);
-  T lanes[kLanes] = {};
+  return count > 0 ? Vec::loadu(data, count) : Vec(0.0f);
+}
+
+inline Vec load(const at::BFloat16* data, int64_t count) {
+  if (count >= kLanes) return load(data);
+  at::BFloat16 lanes[kLanes] = {};
   std::copy_n(data, std::max<int64_t>(count, 0), lanes);
   return load(lanes);
 }

@@ -19,12 +19,13 @@ def why_missing(device: torch.device) -> str | None:
 
 def refuse(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors; None if they can."""
+    grad = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             return f"the kernels take float32 and bfloat16, not {tensor.dtype}"
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if grad and tensor.requires_grad:
             return "the kernels have no gradient; call under torch.no_grad() or inference_mode()"
     return None
 
