@@ -32,7 +32,7 @@ def check(inputs: Tensor, num_heads: int) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "count", "width", "heads"),
-    [(3, 1, 64, 2), (1, 49, 192, 2), (2, 25, 96, 8), (1, 117, 64, 2)],
+    [(3, 1, 64, 2), (1, 49, 192, 2), (1, 25, 96, 4), (1, 117, 64, 2)],
     ids=["1 token", "49", "25", "more than a tile"],
 )
 def test_matches_autograd(batch: int, count: int, width: int, heads: int) -> None:
@@ -69,7 +69,7 @@ def test_gradcheck_of_the_formulas() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "formulas"])
 def test_operator_registration(dtype: torch.dtype) -> None:
-    qkv = make(2, 5, 192, dtype=dtype)
+    qkv = make(1, 5, 96, dtype=dtype)
     for x in (qkv, qkv.transpose(0, 1).clone().transpose(0, 1)):
         torch.library.opcheck(
             torch.ops.lgvit_fast.attention.default, (x.requires_grad_(), 2), rtol=1e-4, atol=1e-5

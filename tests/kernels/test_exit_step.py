@@ -45,7 +45,7 @@ def fresh(batch: int) -> Tensor:
 @rules
 @pytest.mark.parametrize(
     ("batch", "vectors", "class_tokens", "width", "classes"),
-    [(1, 2, 1, 96, 10), (3, 1, 2, 64, 100), (17, 2, 0, 64, 333), (3, 1, 1, 192, 1)],
+    [(1, 2, 1, 96, 10), (3, 1, 2, 64, 70), (17, 1, 0, 32, 333), (3, 1, 1, 192, 1)],
     ids=["vit", "deit", "two row blocks", "one class"],
 )
 def test_matches_reference(
@@ -79,7 +79,7 @@ def test_statistics(dtype: torch.dtype) -> None:
 
 
 def test_many_classes() -> None:
-    arguments = make(2, 1, 1, 64, 21843, torch.float32)
+    arguments = make(2, 1, 0, 16, 21843, torch.float32)
     step = kernel.exit_step(**arguments, rule=(2, 9.0, 0), state=fresh(2))
     expected = torch.special.entr(torch.softmax(step.logits.double(), -1)).sum(-1)
     torch.testing.assert_close(step.entropy.double(), expected, rtol=1e-5, atol=0)
@@ -102,10 +102,10 @@ def test_numbers_that_are_none(rule: ExitRule) -> None:
 
 @rules
 def test_a_nan_image_among_others(rule: ExitRule) -> None:
-    arguments = make(5, 1, 1, 64, 300, torch.float32)
+    arguments = make(5, 1, 1, 32, 100, torch.float32)
     arguments["tokens"][2, 0, 9] = float("nan")
     state = fresh(5)
-    for _ in range(3):
+    for _ in range(2):
         step = exit_step(**arguments, rule=rule, state=state, backend="triton")
     assert step.valid.tolist() == [True, True, False, True, True]
     assert not step.leave[2] and state[2].tolist() in ([0, -1], [0, 0])

@@ -110,14 +110,10 @@ def test_compiled_call_is_one_node() -> None:
 
 
 def test_operator_registration() -> None:
-    tokens, weights = make(2, (3, 5), 1, 64, True, torch.float32)
-    operator = torch.ops.lgvit_fast.lph_pool_triton.default
-    for width in (64, 32):
-        layouts = (tokens[..., :width], tokens[..., :width].transpose(0, 1).clone().transpose(0, 1))
-        cut = [w if w is None else w[:width] for w in weights]
-        cut[0] = weights.weight[:width, :width]
-        for x in layouts:
-            torch.library.opcheck(operator, (x, 3, 5, 1, *cut))
+    tokens, weights = make(1, (3, 2), 1, 32, True, torch.float32)
+    for x in (tokens, tokens.transpose(0, 1).clone().transpose(0, 1)):
+        arguments = (x, 3, 2, 1, *weights)
+        torch.library.opcheck(torch.ops.lgvit_fast.lph_pool_triton.default, arguments)
 
 
 @pytest.mark.parametrize(
