@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lgvit_fast.ops.attention import attention
 from lgvit_fast.ops.gah import POOLS, gah_pool, pool_grid
 
 __all__ = ["GlobalAggregationHead"]
@@ -44,9 +44,7 @@ class GlobalAggregationHead(nn.Module):
     def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
         """Training form: patch tokens `[B, N, C]` to the feature y `[B, n, C]`, n pooled tokens."""
         s = pool_grid(patches, patch_grid, self.stride, self.pool_type)
-        q, k, v = self.qkv(s).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        feature: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        feature: Tensor = self.proj(attention(self.qkv(s), self.num_heads))
         return feature
 
     def fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgvit_fast.heads.affine import batchnorm_affine, batchnorm_tokens
-from lgvit_fast.ops.lph import LPHWeights, depthwise3x3, lph_pool
+from lgvit_fast.ops.depthwise import depthwise_gelu
+from lgvit_fast.ops.lph import LPHWeights, lph_pool
 
 __all__ = ["LocalPerceptionHead"]
 
@@ -45,7 +46,7 @@ class LocalPerceptionHead(nn.Module):
         if self.depthwise is not None and self.depthwise_norm is not None:
             weight, bias = self.depthwise.weight.squeeze(1), self.depthwise.bias
             assert bias is not None  # for the type checker: the convolution is made with one
-            hidden = F.gelu(depthwise3x3(hidden, patch_grid, weight, bias))
+            hidden = depthwise_gelu(hidden, patch_grid, weight, bias)
             hidden = batchnorm_tokens(self.depthwise_norm, hidden)
         return batchnorm_tokens(self.norm2, self.pointwise2(hidden)) + patches
 

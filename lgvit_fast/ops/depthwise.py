@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lgvit_fast.ops import _triton
 from lgvit_fast.ops.dispatch import Backend, Op
+from lgvit_fast.ops.lph import depthwise3x3
 
 __all__ = ["depthwise_gelu", "depthwise_gelu_reference"]
 
@@ -22,9 +23,7 @@ def depthwise_gelu_reference(
     tokens: Tensor, patch_grid: tuple[int, int], weight: Tensor, bias: Tensor
 ) -> Tensor:
     """`depthwise_gelu` in plain PyTorch: the definition every backend is compared with."""
-    grid = tokens.unflatten(1, patch_grid).permute(0, 3, 1, 2)
-    hidden = F.conv2d(grid, weight.unsqueeze(1), bias, padding=1, groups=weight.shape[0])
-    return F.gelu(hidden).permute(0, 2, 3, 1).flatten(1, 2)
+    return F.gelu(depthwise3x3(tokens, patch_grid, weight, bias))
 
 
 def _inner(
