@@ -17,10 +17,13 @@
 #include <array>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 namespace lgvit {
@@ -55,31 +58,43 @@ Tensor conv_linear(const Tensor& x, const Tensor& weight) {
   return at::conv2d(map, weight.view({n, k, 1, 1})).permute({0, 2, 3, 1}).reshape({m, n});
 }
 
+// Of 64 values spread over a weight: shows writes that escape its version counter, as those through
+// `.data` do and all to an inference tensor.
+size_t sample(const Tensor& weight) {
+  constexpr int64_t kSamples = 64;
+  const char* data = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t last = weight.numel() - 1, size = weight.element_size();
+  std::array<char, kSamples * 4> values{};
+  for (int64_t i = 0; i < kSamples; ++i)
+    std::memcpy(&values[i * 4], data + i * last / (kSamples - 1) * size, std::min<int64_t>(size, 4));
+  return std::hash<std::string_view>()({values.data(), values.size()});
+}
+
 // Weights in oneDNN's layout. An entry serves as long as its weight lives and is not written to.
 class PackedWeights {
  public:
   Tensor get(const Tensor& weight, int64_t n) {
     c10::StorageImpl* storage = weight.storage().unsafeGetStorageImpl();
     const Key key{storage, weight.storage_offset(), n, weight.size(1)};
-    const uint32_t version = weight.is_inference() ? 0 : weight._version();
+    const State state{weight.const_data_ptr(), weight.is_inference() ? 0 : weight._version(),
+                      sample(weight)};
     std::lock_guard<std::mutex> lock(mutex_);
-    auto found = entries_.find(key);
+    const auto found = entries_.find(key);
     if (found != entries_.end() && !found->second.storage.expired() &&
-        found->second.version == version && found->second.data == weight.const_data_ptr())
+        found->second.state == state)
       return found->second.packed;
     for (auto it = entries_.begin(); it != entries_.end();)
       it = it->second.storage.expired() ? entries_.erase(it) : std::next(it);
-    entries_.insert_or_assign(key, Entry{weight.storage().getWeakStorageImpl(), version,
-                                         weight.const_data_ptr(), pack(weight.narrow(0, 0, n))});
-    return entries_.at(key).packed;
+    const Entry entry{weight.storage().getWeakStorageImpl(), state, pack(weight.narrow(0, 0, n))};
+    return entries_.insert_or_assign(key, entry).first->second.packed;
   }
 
  private:
   using Key = std::tuple<c10::StorageImpl*, int64_t, int64_t, int64_t>;
+  using State = std::tuple<const void*, uint32_t, size_t>;  // address, version, sample
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-    uint32_t version;
-    const void* data;
+    State state;
     Tensor packed;
   };
   std::mutex mutex_;

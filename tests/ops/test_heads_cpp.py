@@ -241,6 +241,15 @@ def test_prepared_weights_follow_changes(monkeypatch):
         changed, gah_pool_reference(tokens, (4, 4), 1, qkv, 8, 2, "subsample")
     )
     assert not torch.allclose(before, changed)
+    weights.weight.data.mul_(0.5)  # escapes the version counter
+    after = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
+    torch.testing.assert_close(after, lph_pool_reference(tokens, (4, 4), 1, weights))
+    with torch.inference_mode():  # tensors made here have no version counter
+        weights = lph_weights(64, torch.float32, full=False)
+        lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
+        weights.weight.add_(0.1)
+        after = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
+        torch.testing.assert_close(after, lph_pool_reference(tokens, (4, 4), 1, weights))
     for seed in range(20):  # new weights, likely where freed ones were
         weights = lph_weights(64, torch.float32, full=False, seed=seed)
         pooled = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
