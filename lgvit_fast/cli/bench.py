@@ -8,6 +8,7 @@ from importlib import import_module
 # Each is `lgvit_fast.evaluation.bench_NAME` with `configure(parser)` and `run(args) -> exit code`.
 SUITES = {
     "heads": "the fused exits beside the plain ones",
+    "model": "early exit on a recorded distribution of exits, beside the dense model",
 }
 
 _NOTES = """\

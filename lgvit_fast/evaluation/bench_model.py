@@ -1,8 +1,8 @@
 """`lgvit-fast bench model`: what early exit gains by the clock, every way beside every other.
 
 A recorded trace says where each image leaves, so that the weights do not matter. All ways run the same
-images in one process and take turns in every round; a ratio is the median over rounds of ratios within
-a round.
+images in one process and take turns batch by batch, so that a slow moment of the machine hits all; a
+ratio is the median over rounds of ratios of a round.
 """
 
 from __future__ import annotations
@@ -15,26 +15,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgvit_fast.evaluation.machine import machine
 from lgvit_fast.evaluation.published_scheme import PublishedScheme
 from lgvit_fast.evaluation.timing import synchronize
 from lgvit_fast.evaluation.trace import REAL_TRACE, Trace
-from lgvit_fast.inference import Engine, stream
+from lgvit_fast.inference import Engine, Plan, plan_exits, stream
 from lgvit_fast.inference.prepared import prepared_twin
 from lgvit_fast.model import LGViT, create_model
 from lgvit_fast.policies import Replay
-from lgvit_fast.weights import save_json
+from lgvit_fast.weights import save_json, write_atomic
 
-__all__ = ["Row", "Way", "bench_model", "configure", "markdown", "run", "ways"]
+__all__ = ["Row", "Way", "bench_model", "configure", "markdown", "plot", "run", "ways"]
 
-Job = Callable[[Tensor, Replay, int], None]
+Calls = list[Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class Way:
         name: in tables.
         like: the dense way that has the same linear layers and compiler, to measure the share of the
             layer ratio that is realised; its own name for a dense way.
-        call: answers one batch.
-        whole: answers all images at once, in batches of a given size; None calls `call` on each.
+        start: takes images, the policy that scripts them and a batch size, and gives a pass over the
+            images as calls to be made, and timed, one by one.
+        in_batches: whether each call answers one batch; a stream's calls answer what is ready.
     """
 
     name: str
     like: str
-    call: Callable[[Tensor, Replay], Any] | None = None
-    whole: Job | None = None
+    start: Callable[[Tensor, Replay, int], Calls]
+    in_batches: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Row:
         spread: lowest and highest `speedup` of a round.
         p50_ms: of a call; None for a stream.
         p99_ms: likewise.
-        working_mib: most memory held at once beyond the weights, in a pass over all images.
+        working_mib: most memory held at once beyond the weights, while answering.
     """
 
     way: str
@@ -88,41 +92,42 @@ class Row:
     working_mib: float
 
 
-def ways(model: LGViT, batch_size: int, compiled: bool = True) -> list[Way]:
+def ways(
+    model: LGViT, batch_size: int, compiled: bool = True, exits: Sequence[int] | None = None
+) -> list[Way]:
     """All ways that exist on the model's device, `compiled` ones if asked.
 
-    The first is dense timm, eager. The published scheme is there at batch size 1, the only one it has.
+    The first is dense timm, eager. With `exits`, an engine that asks only those layers is among them;
+    its share is of the layer ratio that all exits promise. The published scheme is there at batch
+    size 1, the only one it has.
     """
     dense = "dense timm"
-    device = next(model.parameters()).device
-    on_gpu = device.type == "cuda"
-    engine = Engine(model, batch_size)
-    found = [Way(dense, dense, lambda x, _: model.backbone(x))]
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    found = [Way(dense, dense, _in_batches(lambda x, _: model.backbone(x)))]
     fast = dense
     if not on_gpu:
         fast = "dense, prepared linears"
         twin = prepared_twin(model.backbone)
-        found.append(Way(fast, fast, lambda x, _: twin(x)))
+        found.append(Way(fast, fast, _in_batches(lambda x, _: twin(x))))
     if compiled:
-        dense_compiled = torch.compile(model.backbone)
         name = "dense timm, compiled"
-        found.append(Way(name, name, lambda x, _: dense_compiled(x)))
-        fused = Engine(model, batch_size, compile=True, prepare=False)
-        found.append(Way("engine, compiled", name, fused))
+        dense_compiled = torch.compile(model.backbone)
+        found.append(Way(name, name, _in_batches(lambda x, _: dense_compiled(x))))
+        ours = Engine(model, batch_size, compile=True, prepare=False)
+        found.append(Way("engine, compiled", name, _in_batches(ours)))
         fast = name if on_gpu else fast
     if batch_size == 1:
-        found.append(Way("published scheme", dense, PublishedScheme(model)))
-    found.append(Way("infer", dense, model.infer))
-    found.append(Way("engine", fast, engine))
+        found.append(Way("published scheme", dense, _in_batches(PublishedScheme(model))))
+    engine = Engine(model, batch_size)
+    found.append(Way("infer", dense, _in_batches(model.infer)))
+    found.append(Way("engine", fast, _in_batches(engine)))
+    if exits is not None:
+        planned = Engine(model, batch_size, exits=exits)
+        found.append(Way("engine, planned exits", fast, _in_batches(planned)))
     if on_gpu:
         ahead = Engine(model, batch_size, speculate=True)
-        found.append(Way("engine, speculative", fast, ahead))
-
-    def run_stream(images: Tensor, policy: Replay, size: int) -> None:
-        for _ in stream(engine, images.split(size), size, order="completion", policy=policy):
-            pass
-
-    found.append(Way("stream", fast, whole=run_stream))
+        found.append(Way("engine, speculative", fast, _in_batches(ahead)))
+    found.append(Way("stream", fast, partial(_start_stream, engine), in_batches=False))
     return found
 
 
@@ -146,39 +151,43 @@ def bench_model(
         rounds: timed passes of each, after one to warm up.
     """
     device = images.device
-    work = {way.name: _calls(way, images, policy, batch_size) for way in chosen}
     peaks = {}
-    for name, calls in work.items():  # warm up: compile, capture, choose algorithms
-        for call in calls:
+    for way in chosen:  # warm up: compile, capture, choose algorithms
+        for call in way.start(images, policy, batch_size):
             call()
-        peaks[name] = _peak_mib(calls, device)
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    latencies: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds):
-        order = list(work.items())
-        for name, calls in order if turn % 2 else reversed(order):
-            times = [_clock(call, device) for call in calls]
-            seconds[name].append(sum(times))
-            latencies[name] += times
+        calls = way.start(images, policy, batch_size)
+        peaks[way.name] = _peak_mib(calls[:2] if way.in_batches else calls, device)
+    seconds: dict[str, list[float]] = {way.name: [] for way in chosen}
+    latencies: dict[str, list[float]] = {way.name: [] for way in chosen}
+    for _ in range(rounds):
+        passes = [way.start(images, policy, batch_size) for way in chosen]
+        times: list[list[float]] = [[] for _ in chosen]
+        for turn in range(len(passes[0])):
+            for place in range(len(chosen)):
+                place = (place + turn) % len(chosen)  # not always after the same way
+                times[place].append(_clock(passes[place][turn], device))
+        for way, own in zip(chosen, times, strict=True):
+            seconds[way.name].append(sum(own))
+            latencies[way.name] += own
     base = np.array(seconds[chosen[0].name])
     layer_ratio = _layer_ratio(model, policy)
     rows = []
     for way in chosen:
-        own = np.array(seconds[way.name])
+        taken = np.array(seconds[way.name])
         ratio = 1.0 if way.like == way.name else layer_ratio
-        per_image = float(np.median(own)) / len(images)
-        calls_ms = None if way.call is None else np.array(latencies[way.name]) * 1000
+        per_image = float(np.median(taken)) / len(images)
+        calls_ms = np.array(latencies[way.name]) * 1000 if way.in_batches else None
         rows.append(
             Row(
                 way=way.name,
                 batch_size=batch_size,
                 ms_per_image=1000 * per_image,
                 images_per_second=1 / per_image,
-                speedup=float(np.median(base / own)),
+                speedup=float(np.median(base / taken)),
                 like=way.like,
                 layer_ratio=ratio,
-                realised_share=float(np.median(np.array(seconds[way.like]) / own)) / ratio,
-                spread=(float((base / own).min()), float((base / own).max())),
+                realised_share=float(np.median(np.array(seconds[way.like]) / taken)) / ratio,
+                spread=(float((base / taken).min()), float((base / taken).max())),
                 p50_ms=None if calls_ms is None else float(np.percentile(calls_ms, 50)),
                 p99_ms=None if calls_ms is None else float(np.percentile(calls_ms, 99)),
                 working_mib=peaks[way.name],
@@ -212,6 +221,26 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the speed-up of every way over eager dense timm, a panel for each batch size."""
+    sizes = sorted({row.batch_size for row in rows})
+    figure = Figure(figsize=(7.5, 0.9 + 2.2 * len(sizes)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, size in zip(panels, sizes, strict=True):
+        shown = [row for row in rows if row.batch_size == size][::-1]
+        colours = ["#8a8f98" if row.way == row.like else "#1f77b4" for row in shown]
+        bars = axes.barh([row.way for row in shown], [r.speedup for r in shown], color=colours)
+        axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in shown], padding=3, fontsize=8)
+        ratio = max(row.layer_ratio for row in shown)
+        axes.axvline(ratio, color="#d1242f", linewidth=1, linestyle="--")
+        axes.set_title(f"batch {size}", loc="left", fontsize=9)
+        axes.margins(x=0.15)
+    panels[-1].set_xlabel("images/s over eager dense timm (dashed: layer ratio)")
+    figure.suptitle(title, fontsize=10)
+    FigureCanvasAgg(figure)
+    write_atomic(path, lambda file: figure.savefig(file, format="png"))
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
@@ -228,8 +257,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument(
+        "--plan", action="store_true", help="also plan the exits, and check the plan's prediction"
+    )
     parser.add_argument("--only", nargs="+", metavar="WAY", help="names of ways as in the table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the speed-ups")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -247,19 +280,34 @@ def run(args: argparse.Namespace) -> int:
     size = cast(tuple[int, int, int], model.pretrained_cfg["input_size"])
     sizes = args.batch_size or ([1, 16, 64, 256] if device.type == "cuda" else [1, 8, 16, 32])
     rows: list[Row] = []
+    plans: list[dict[str, Any]] = []
     for batch_size in sizes:
         count = max(args.images, batch_size)
         images = torch.randn(count, *size, device=device, dtype=dtype)
         policy = trace.policy(count, [spec.layer for spec in model.exits])
-        chosen = ways(model, batch_size, compiled=not args.no_compile)
+        plan = None
+        if args.plan:
+            histogram = torch.bincount(policy.exit_index, minlength=len(trace.images)).tolist()
+            plan = plan_exits(model, histogram, batch_size)
+        chosen = ways(model, batch_size, not args.no_compile, None if plan is None else plan.exits)
         if args.only:
-            kept = {chosen[0].name, *args.only}
+            kept = {chosen[0].name, *args.only} | ({"engine, planned exits"} if plan else set())
             kept |= {way.like for way in chosen if way.name in kept}
             chosen = [way for way in chosen if way.name in kept]
         rows += bench_model(model, images, policy, batch_size, chosen, args.rounds)
+        if plan is not None:
+            plans.append(_checked(plan, batch_size, rows))
         torch.compiler.reset()
     print(f"{args.model}, {args.dtype}, {device}, trace: {trace.name}")
     print(markdown(rows))
+    for checked in plans:
+        print(
+            "batch {batch_size}: planned exits {exits}; predicted {predicted_ms:.2f} ms/image,"
+            " measured {measured_ms:.2f}; with all exits predicted {predicted_all_ms:.2f},"
+            " measured {measured_all_ms:.2f}".format(**checked)
+        )
+    if args.png is not None:
+        plot(rows, args.png, f"{args.model}, {args.dtype}, {device}")
     if args.json is not None:
         save_json(
             args.json,
@@ -273,20 +321,40 @@ def run(args: argparse.Namespace) -> int:
                 "commit": _commit(),
                 "machine": machine(),
                 "rows": [asdict(row) for row in rows],
+                "plans": plans,
             },
         )
     return 0
 
 
-def _calls(way: Way, images: Tensor, policy: Replay, size: int) -> list[Callable[[], Any]]:
-    """A pass over all images as calls to be timed one by one."""
-    if way.whole is not None:
-        whole = way.whole
-        return [partial(whole, images, policy, size)]
-    call = way.call
-    assert call is not None
-    parts = [slice(start, start + size) for start in range(0, len(images), size)]
-    return [partial(call, images[part], policy.part(part.start, part.stop)) for part in parts]
+def _checked(plan: Plan, batch_size: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """A plan's predictions beside what was measured."""
+    measured = {row.way: row.ms_per_image for row in rows if row.batch_size == batch_size}
+    return {
+        "batch_size": batch_size,
+        "exits": list(plan.exits),
+        "predicted_ms": 1000 * plan.seconds,
+        "measured_ms": measured["engine, planned exits"],
+        "predicted_all_ms": 1000 * plan.seconds_with_all,
+        "measured_all_ms": measured.get("engine", float("nan")),
+    }
+
+
+def _in_batches(call: Callable[[Tensor, Replay], Any]) -> Callable[[Tensor, Replay, int], Calls]:
+    """A way that answers batch after batch."""
+
+    def start(images: Tensor, policy: Replay, size: int) -> Calls:
+        parts = [slice(first, first + size) for first in range(0, len(images), size)]
+        return [partial(call, images[part], policy.part(part.start, part.stop)) for part in parts]
+
+    return start
+
+
+def _start_stream(engine: Engine, images: Tensor, policy: Replay, size: int) -> Calls:
+    """A stream over all images; each call takes a batch's worth of answers, the last one the rest."""
+    answers = stream(engine, images.split(size), size, order="completion", policy=policy)
+    count = -(-len(images) // size)
+    return [lambda n=n: list(islice(answers, n)) for n in [size] * (count - 1) + [len(images)]]  # type: ignore[misc]
 
 
 def _layer_ratio(model: LGViT, policy: Replay) -> float:
@@ -315,7 +383,7 @@ def _peak_mib(calls: Sequence[Callable[[], Any]], device: torch.device) -> float
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        for call in calls[:2]:
+        for call in calls:
             call()
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -9,7 +9,8 @@ operation of a segment treats rows independently.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,6 +128,10 @@ class BucketRunner:
             for bucket in self._buckets:
                 self._step(place, bucket)
 
+    def release(self) -> None:
+        """Drop the captured steps, which refer to this runner, so that it is freed when let go of."""
+        self._steps.clear()
+
     def _buffers(self, sample: Tensor, state: Tensor) -> list[Tensor]:
         """What each segment reads; segments whose tokens have one shape share a buffer."""
         buffers = [self.images]
@@ -150,11 +155,13 @@ class BucketRunner:
 
     def _captured(self, place: int, bucket: int) -> Callable[[], None]:
         def work() -> None:
-            self._work(place, bucket)
+            with _no_autocast_cache():
+                self._work(place, bucket)
 
         # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
         # the segment on what is in the buffers, so they are put back.
-        buffers = (*self.tokens[1:], self.state, self.alive, *self.answer.tensors())
+        once = {id(buffer): buffer for buffer in self.tokens[1:]}
+        buffers = (*once.values(), self.state, self.alive, *self.answer.tensors())
         saved = [buffer.clone() for buffer in buffers]
         if self._pool is not None:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -203,6 +210,17 @@ class BucketRunner:
         if event is not None:
             event.synchronize()
         return int(self.counts[place])
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Cast weights anew: a graph must not read casts that autocast frees when it ends."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _survivors_first(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ makes room for new images, and a segment runs when a full batch waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
@@ -77,18 +77,19 @@ class _Queue:
         """Views of the first rows."""
         return tuple(buffer[self.head : self.head + count] for buffer in self._buffers)
 
-    def write(self, rows: tuple[Tensor, ...]) -> None:
-        """Put rows (tokens or pixels, and policy state) behind those in the queue."""
+    def write(self, rows: tuple[Tensor, ...], chosen: Sequence[int]) -> None:
+        """Put the chosen rows of tokens or pixels and of policy state behind those in the queue."""
         if not self.tickets and not self._fits(rows):
             self._buffers = tuple(r.new_empty(self._capacity, *r.shape[1:]) for r in rows)
-        size, count = len(self), len(rows[0])
-        if self.head + size + count > self._capacity:
+        size = len(self)
+        if self.head + size + len(chosen) > self._capacity:
             for buffer, row in zip(self._buffers, self.peek(size), strict=True):
                 buffer[:size].copy_(row if self.head >= size else row.clone())
             self.head = 0
         end = self.head + size
+        index = torch.tensor(chosen, device=rows[0].device)
         for buffer, row in zip(self._buffers, rows, strict=True):
-            buffer[end : end + count].copy_(row)
+            torch.index_select(row, 0, index, out=buffer[end : end + len(chosen)])
 
     def _fits(self, rows: tuple[Tensor, ...]) -> bool:
         def kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -262,7 +263,7 @@ class Stream(Iterator[Answer]):
         """Fill the first queue up to a batch."""
         queue = self._queues[0]
         space = self._batch_size - len(queue)
-        queue.write((intake.images[:space], intake.state[:space]))
+        queue.write((intake.images, intake.state), range(min(space, len(intake.tickets))))
         tickets, rest = queue.tickets + intake.tickets[:space], intake.after(space)
         queue.tickets, self._intake = tickets, rest
 
@@ -303,7 +304,7 @@ class Stream(Iterator[Answer]):
         }
         target = queue if segment.is_last else self._queues[place + 1]
         if stay:
-            target.write((tokens[stay], state[stay]) if gone else (tokens, state))
+            target.write((tokens, state), stay)
         joined, rest = target.tickets + [tickets[i] for i in stay], queue.tickets[count:]
         finished, head = {**self._finished, **answers}, queue.head + count
         # One statement without a call: an interrupt comes before or after it, never inside.

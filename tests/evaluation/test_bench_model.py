@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_the_published_scheme_decides_by_itself():
     assert len(expected.exit_index.unique()) > 1
 
 
-def test_rows_of_a_tiny_model():
+def test_rows_of_a_tiny_model(tmp_path):
     model = tiny_model(exits=[2, 3, 5])
     script = lgvit_fast.Replay([0, 0, 1, 2, 3, 0])
     chosen = bench.ways(model, 4, compiled=False)
@@ -42,6 +43,8 @@ def test_rows_of_a_tiny_model():
         assert row.spread[0] <= row.speedup <= row.spread[1]
         assert row.working_mib > 0
         assert (row.p50_ms is None) == (row.way == "stream")
+    bench.plot([*rows, *(replace(row, batch_size=8) for row in rows)], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     table = bench.markdown(rows).splitlines()
     assert len(table) == len(rows) + 2
     assert len({line.count("|") for line in table}) == 1
@@ -67,6 +70,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "mine" in capsys.readouterr().out
     written = json.loads(out.read_text())
     assert [row["way"] for row in written["rows"]] == ["dense timm", "infer"]
+    assert bench.run(parser.parse_args([*given.split(), "--plan", "--only", "engine"])) == 0
+    assert "planned exits [" in capsys.readouterr().out
+    plan = json.loads(out.read_text())["plans"][0]
+    assert set(plan["exits"]) <= {2, 4}
+    assert plan["measured_ms"] > 0
     assert written["machine"]["torch"] == torch.__version__
 
 

@@ -129,6 +129,7 @@ def test_an_interrupted_loader_still_delivers_what_it_gave(model, engine):
     assert_answers(answers, model, lgvit_fast.Patience(2), 16)
 
 
+@torch.no_grad()
 def test_close_gives_the_finished_ones(model, engine):
     script = [3] + [0] * 15  # the first holds all others back
     with stream(engine, loader([16]), 4, policy=lgvit_fast.Replay(script)) as running:
@@ -155,6 +156,7 @@ def test_back_pressure(engine):
         assert asked - count <= 4
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("max_pending", [1, 8, 24])
 def test_held_back_answers_are_bounded(engine, max_pending):
     script = lgvit_fast.Replay([3] + [0] * 63)
