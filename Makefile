@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/lgvit-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
 
 Two layouts. Replicas: every device has the whole model and its share of the images. Split: each device
 has a run of consecutive segments (several devices may have the same), and tokens move between them.
-The simulation follows the rules of `lgvit_fast.inference.stream`: the deepest full batch runs first,
+The simulation follows the rules of `lgvit_fast.inference.streaming`: the deepest full batch runs first,
 partial batches run only when no more images can come. It is calibrated against a real run.
 """
 
@@ -180,10 +180,15 @@ def measure(name: str, trace: Trace, batch_size: int, images: int) -> tuple[Cost
     policy = trace.policy(images, trace.layers[:-1])
     costs = measure_costs(model, batch_size)
     engine(given[:batch_size], policy.part(0, batch_size))
-    start = time.perf_counter()
-    for _ in stream(engine, given.split(batch_size), batch_size, order="completion", policy=policy):
-        pass
-    real = time.perf_counter() - start
+    real = float("inf")
+    for _ in range(3):  # the least, as for the costs
+        answers = stream(
+            engine, given.split(batch_size), batch_size, order="completion", policy=policy
+        )
+        start = time.perf_counter()
+        for _ in answers:
+            pass
+        real = min(real, time.perf_counter() - start)
     whole = [range(len(costs.blocks))]
     return costs, real, simulate(costs, trace.exits(images), batch_size, whole).seconds
 

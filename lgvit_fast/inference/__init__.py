@@ -3,7 +3,7 @@
 from lgvit_fast.inference.engine import Engine
 from lgvit_fast.inference.planner import Costs, Plan, measure_costs, plan_exits
 from lgvit_fast.inference.report import Report, SegmentReport
-from lgvit_fast.inference.stream import Answer, Stream, stream
+from lgvit_fast.inference.streaming import Answer, Stream, stream
 
 __all__ = [
     "Answer",
