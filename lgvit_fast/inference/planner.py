@@ -142,7 +142,8 @@ def measure_costs(
     engine = Engine(model, max_batch=batch_size)
     segments, adapter = engine.segments, engine.segments[0].adapter
     parameter = next(model.parameters())
-    height, width = image_size or cast(tuple[int, ...], model.pretrained_cfg["input_size"])[1:]
+    built_for = getattr(model.backbone.patch_embed, "img_size", None)
+    height, width = image_size or built_for or model.pretrained_cfg["input_size"][1:]
     batches = [1 << i for i in range(batch_size.bit_length()) if 1 << i < batch_size] + [batch_size]
     best = np.full((len(batches), 1 + 2 * len(segments)), np.inf)
     for _ in range(rounds):

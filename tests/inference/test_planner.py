@@ -84,7 +84,7 @@ def test_predictions_of_fixed_layouts(model):
 
 
 def test_measured_costs_and_the_engine_that_follows_the_plan(model):
-    costs = measure_costs(model, 6, image_size=(32, 32), rounds=1)
+    costs = measure_costs(model, 6, rounds=1)
     assert costs.batches == (1, 2, 4, 6)
     assert len(costs.blocks) == len(costs.heads) == 4
     assert all(second > 0 for part in (*costs.blocks, *costs.heads) for second in part)
