@@ -15,7 +15,7 @@ from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
 from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
-from lgvit_fast.pretrained import PretrainedMixin, describe_backbone
+from lgvit_fast.pretrained import PretrainedMixin, describe_backbone, make_backbone
 from lgvit_fast.segments import cut
 from lgvit_fast.timm_interface import BACKBONE, TimmInterface
 
@@ -269,9 +269,7 @@ def create_model(
         near = timm.list_models(f"*{model_name.split('_')[0]}*", pretrained=False)[:5]
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise ValueError(f"timm has no model named {model_name!r}{hint}")
-    backbone = timm.create_model(model_name, pretrained=pretrained, **timm_kwargs)
-    if not hasattr(backbone, "_model_args"):  # older timm does not note how a model was made
-        backbone._model_args = dict(timm_kwargs)  # type: ignore[assignment]
+    backbone = make_backbone(model_name, pretrained, **timm_kwargs)
     return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
 
 

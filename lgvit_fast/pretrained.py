@@ -29,6 +29,7 @@ __all__ = [
     "PretrainedMixin",
     "describe_backbone",
     "load_strictly",
+    "make_backbone",
     "set_layer_norm_eps",
     "shortened",
 ]
@@ -208,7 +209,7 @@ class PretrainedMixin(
                     "the backbone was not made by timm.create_model with plain arguments,"
                     " so its config does not say how to make it again: give backbone="
                 )
-            backbone = timm.create_model(made["name"], **made["args"])
+            backbone = make_backbone(made["name"], **made["args"])
         model = cls(
             backbone,
             [ExitSpec(**spec) for spec in config["exits"]],
@@ -252,6 +253,14 @@ def load_strictly(model: LGViT, tensors: dict[str, torch.Tensor], source: str) -
     model.load_state_dict(tensors)
 
 
+def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A timm model that knows how it was made, whatever timm's version."""
+    backbone = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if not hasattr(backbone, "_model_args"):  # older timm does not note it
+        backbone._model_args = dict(kwargs)  # type: ignore[assignment]
+    return backbone
+
+
 def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     """How to make this timm model again by name, or None if that cannot be said with json types."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
@@ -263,14 +272,22 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     args["num_classes"] = model.num_classes
     try:
         args = json.loads(json.dumps(args))
-        with torch.device("meta"):
-            again = timm.create_model(name, **args)
-    except (TypeError, RuntimeError, NotImplementedError):
+        again = _without_storage(name, args)
+    except (TypeError, RuntimeError):
         return None
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if shapes != {key: value.shape for key, value in again.state_dict().items()}:
         return None  # changed after it was made, by set_input_size for one
     return {"name": name, "args": args}
+
+
+def _without_storage(name: str, args: dict[str, Any]) -> nn.Module:
+    """A timm model for its shapes' sake; with storage where an older timm cannot do without."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **args)
+    except RuntimeError:
+        return timm.create_model(name, **args)
 
 
 def set_layer_norm_eps(model: nn.Module, eps: float | None) -> None:

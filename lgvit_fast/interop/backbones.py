@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from lgvit_fast.pretrained import set_layer_norm_eps
+from lgvit_fast.pretrained import make_backbone, set_layer_norm_eps
 
 __all__ = ["depth_of", "make_swin", "make_vit", "swin_from", "vit_from"]
 
@@ -55,7 +54,7 @@ def make_vit(
     prefix = 1 + distilled + registers
     side = round((position.shape[1] - prefix) ** 0.5)
     options: dict[str, Any] = {"reg_tokens": registers} if registers else {}
-    model = timm.create_model(
+    model = make_backbone(
         "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224",
         img_size=image_size or side * size,
         patch_size=size,
@@ -99,7 +98,7 @@ def make_swin(
     """
     width, size = patch.shape[0], patch.shape[-1]
     window = (round(tables[0].shape[0] ** 0.5) + 1) // 2
-    model = timm.create_model(
+    model = make_backbone(
         "swin_base_patch4_window7_224",
         img_size=image_size or window * size * 2 ** (len(depths) - 1),
         patch_size=size,
