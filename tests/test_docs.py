@@ -12,6 +12,7 @@ from lgvit_fast.cli.train import configure
 from lgvit_fast.training.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -25,11 +26,10 @@ def test_snippets_run_in_order(name):
             exec(compile(snippet, f"docs/{name}.md", "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["model", "backbones", "recipes", "checkpoints"])
-def test_links_lead_somewhere(name):
-    text = (ROOT / "docs" / f"{name}.md").read_text()
-    targets = re.findall(r"\]\((?!http)([^)#]+)", text)
-    assert not [t for t in targets if not (ROOT / "docs" / t).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def load(name):
