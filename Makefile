@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/lgvit-fast demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
