@@ -22,15 +22,6 @@ DTYPES = [
 GUARD = 64  # bytes kept free of any tensor, before and after
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _several_threads():
-    """Rows are copied by several threads, however few the suite runs with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
 class Rows:
     """A tensor `[batch, *shape]` inside a larger buffer of random bytes, to see every write.
 
