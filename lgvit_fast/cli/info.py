@@ -79,8 +79,8 @@ def _text(facts: dict[str, Any]) -> str:
     for device, rows in facts["ops"].items():
         lines += ["", f"operators on {device}"]
         for row in rows:
-            lines.append(f"  {row['op']:12}{row['backend']}")
-            lines += [f"  {'':12}not {name}: {why}" for name, why in row["refused"].items()]
+            lines.append(f"  {row['op']:16}{row['backend']}")
+            lines += [f"  {'':16}not {name}: {why}" for name, why in row["refused"].items()]
     lines += ["", "missing"]
     lines += [f"  {line}" for line in facts["missing"]] or ["  nothing"]
     return "\n".join(lines)
