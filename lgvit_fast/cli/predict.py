@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         failed += "error" in row
         write(row)
     if failed:
-        print(f"lgvit-fast predict: {failed} files could not be answered", file=sys.stderr)
+        files = "1 file" if failed == 1 else f"{failed} files"
+        print(f"lgvit-fast predict: {files} could not be answered", file=sys.stderr)
     return 1 if failed else 0
 
 
