@@ -2,12 +2,13 @@ r"""Reproduce the baselines: every recipe on one backbone at matched epochs, as 
 
     python examples/compare_recipes.py                                   (bundled digits, minutes)
     python examples/compare_recipes.py --data cifar10/train.tar --val-data cifar10/test.tar \
-        --size 32 --patch 4 --width 96 --stage0-epochs 20 --epochs 20 --out runs/cifar10
+        --size 32 --patch 4 --width 96 --smallest-crop 0.6 --stage0-epochs 20 --epochs 20
 
-Stage 0 trains the backbone alone, once. Each recipe then starts from it with its own heads and the same
-number of epochs; a method with two stages divides them. The table gives accuracy at fixed layer ratios
-(blocks of the model over the mean exit layer), interpolated on the curve of the recipe's own policy.
-Interrupted runs go on where they stopped.
+Stage 0 trains the backbone alone, once. Each recipe then starts from it with its own heads and the
+same number of epochs; a method with two stages divides them; methods that differ only in when an image
+leaves share a training. The table gives accuracy at fixed layer ratios (blocks of the model over the
+mean exit layer), interpolated on the best curve of the recipe's own policy. Interrupted runs go on
+where they stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import lgvit_fast
-from lgvit_fast.evaluation import Point, candidates, record, sweep
+from lgvit_fast.evaluation import Point, candidates, curves, record, sweep
 from lgvit_fast.training import InputSpec, Stage1Config, Stage2Config, TrainConfig, train
 from lgvit_fast.training.data import Batches, Data, Loader
 from lgvit_fast.training.recipes import RECIPES
@@ -39,18 +40,31 @@ KINDS = {
 
 
 def at_ratio(points: list[Point], ratio: float) -> float | None:
-    """Accuracy at a layer ratio, linear between the two points around it; None outside the curve."""
-    points = sorted(points, key=lambda p: p.layer_ratio)
-    for low, high in itertools.pairwise(points):
-        if low.layer_ratio <= ratio <= high.layer_ratio:
-            span = high.layer_ratio - low.layer_ratio
-            share = (ratio - low.layer_ratio) / span if span else 0.0
-            return low.accuracy + share * (high.accuracy - low.accuracy)
-    return None
+    """Accuracy at a layer ratio, linear along the best curve there; None where there is no curve."""
+    found = []
+    for curve in curves(points).values():
+        for low, high in itertools.pairwise(curve):
+            if low.layer_ratio <= ratio <= high.layer_ratio:
+                span = high.layer_ratio - low.layer_ratio
+                share = (ratio - low.layer_ratio) / span if span else 0.0
+                found.append(low.accuracy + share * (high.accuracy - low.accuracy))
+    return max(found, default=None)
+
+
+def folder_for(name: str) -> str:
+    """Where a recipe is trained: the first recipe with the same heads, strategy and stages."""
+    wanted = RECIPES[name]
+    return next(
+        other
+        for other, recipe in RECIPES.items()
+        if (recipe.heads, recipe.strategy, recipe.stages)
+        == (wanted.heads, wanted.strategy, wanted.stages)
+    )
 
 
 def config_for(args: argparse.Namespace, name: str) -> TrainConfig:
     """The training run of a recipe; stage 2 gets a third of the epochs where there is one."""
+    name = folder_for(name)
     second = max(1, args.epochs // 3) if RECIPES[name].stages == "both" else 0
     common: dict[str, Any] = {"lr": args.lr, "warmup_epochs": min(1.0, args.epochs / 4)}
     return TrainConfig(
@@ -63,6 +77,8 @@ def config_for(args: argparse.Namespace, name: str) -> TrainConfig:
         batch_size=128,
         val_batch_size=500,
         workers=args.workers,
+        crop_scale=(args.smallest_crop, 1.0),
+        color_jitter=0.0,
         device=args.device,
         tensorboard=False,
         stage1=Stage1Config(epochs=args.epochs - second, **common),
@@ -121,6 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float | None]]:
     parser.add_argument("--size", type=int, default=16, help="pixels (default: 16)")
     parser.add_argument("--patch", type=int, default=4, help="pixels (default: 4)")
     parser.add_argument("--width", type=int, default=64, help="channels (default: 64)")
+    parser.add_argument("--smallest-crop", type=float, default=0.3, help="share of the area")
     parser.add_argument("--stage0-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=12, help="of each recipe (default: 12)")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -133,6 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float | None]]:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     backbone = stage0(args)
     rows: dict[str, list[float | None]] = {}
+    details: dict[str, Any] = {}
     for name in args.recipes:
         config = config_for(args, name)
         model = lgvit_fast.LGViT(copy.deepcopy(backbone), heads=RECIPES[name].heads)
@@ -141,7 +159,15 @@ def main(argv: list[str] | None = None) -> dict[str, list[float | None]]:
         kind = KINDS[type(RECIPES[name].policy).__name__]
         points = sweep(recording, candidates(kind, len(model.exits), model.num_classes))
         rows[name] = [recording.final_accuracy, *(at_ratio(points, ratio) for ratio in RATIOS)]
-        Path(args.out, "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+        details[name] = {
+            "full_depth_and_ratios": dict(
+                zip(("full", *map(str, RATIOS)), rows[name], strict=True)
+            ),
+            "accuracy_by_layer": dict(zip(recording.layers, recording.accuracies, strict=True)),
+            "curve": [point.to_dict() for point in points],
+        }
+        report = {"arguments": vars(args), "torch": torch.__version__, "recipes": details}
+        Path(args.out, "table.json").write_text(json.dumps(report, indent=2) + "\n")
     print("\n| recipe | full depth |", " | ".join(f"{ratio}x" for ratio in RATIOS), "|")
     print("|---" * (len(RATIOS) + 2) + "|")
     for name, row in rows.items():

@@ -4,7 +4,7 @@ from lgvit_fast.evaluation.evaluate import Evaluation, evaluate
 from lgvit_fast.evaluation.machine import machine
 from lgvit_fast.evaluation.recording import Recording, record
 from lgvit_fast.evaluation.timing import Spread, Timing, compare
-from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, measure, replay, sweep
+from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, curves, measure, replay, sweep
 
 __all__ = [
     "Evaluation",
@@ -15,6 +15,7 @@ __all__ = [
     "candidates",
     "choose",
     "compare",
+    "curves",
     "evaluate",
     "machine",
     "measure",
