@@ -1,10 +1,9 @@
-// gah_pool on the CPU: pool the grid, one library GEMM for queries and keys, then for each image and
-// head the attention scores (library), and in one pass their softmax, its mean over the queries and
-// the mean token under these weights. The value projection sees one vector for each image and head.
+// gah_pool on the CPU: pool the grid, one library GEMM for queries and keys, then in one pass for each
+// image and head the scores, their softmax, its mean over the queries, the mean token under these
+// weights, and its value projection. What lies between them stays in the caches.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -24,6 +23,15 @@ void narrow_to(const float* x, float* out, int64_t count) { std::copy_n(x, count
 
 void narrow_to(const float* x, at::BFloat16* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = x[i];
+}
+
+// A row to float; fetches the row `ahead` meanwhile, which lies too far off for the hardware to guess.
+template <typename T>
+void widen(const T* x, int64_t count, const T* ahead, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    __builtin_prefetch(ahead + i);
+    store(out + i, load(x + i, count - i), count - i);
+  }
 }
 
 // tokens [B, P + H * W, C], last stride 1 -> [B, ceil(H / r) * ceil(W / r), C]: every r-th row and
@@ -66,85 +74,173 @@ Tensor pool_grid(const Tensor& tokens, int64_t prefix, int64_t height, int64_t w
   return out;
 }
 
-// Mean over the rows of softmax(scale * scores): scores [n, n] -> weights [n]; `row` is scratch [n].
-void mean_attention(const float* scores, int64_t n, float scale, float* row, float* weights) {
-  std::fill_n(weights, n, 0.0f);
-  for (int64_t i = 0; i < n; ++i, scores += n) {
-    const float largest = at::vec::reduce_all<float>(
-        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, scores, n);
-    const Vec scales(scale), offset(-scale * largest);
-    for (int64_t j = 0; j < n; j += kLanes)
-      store(row + j, fmadd(load(scores + j, n - j), scales, offset).exp_u20(), n - j);
-    const float total =
-        at::vec::reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, row, n);
-    const Vec share(1.0f / (total * static_cast<float>(n)));
-    for (int64_t j = 0; j < n; j += kLanes)
-      store(weights + j, fmadd(load(row + j, n - j), share, load(weights + j, n - j)), n - j);
+// One head's attention over the n tokens of an image, its working memory kept from image to image.
+// Keys lie transposed, a column for each token, so that a vector holds the scores of its tokens.
+class MeanAttention {
+ public:
+  MeanAttention(int64_t n, int64_t head_dim)
+      : n_(n), head_dim_(head_dim), columns_(at::divup(n, kVecs * kLanes) * kVecs * kLanes),
+        query_(kRows * head_dim), keys_(head_dim * columns_), scores_(kRows * columns_),
+        weights_(n) {}
+
+  // Mean over the queries of softmax(query key^T / sqrt(head_dim)) -> [n]. Query and key [n, head_dim]
+  // have rows `stride` apart.
+  template <typename T>
+  const float* weights(const T* query, const T* key, int64_t stride) {
+    for (int64_t j = 0; j < n_; ++j) {
+      widen(key + j * stride, head_dim_, key + std::min(j + kAhead, n_ - 1) * stride, query_.data());
+      for (int64_t d = 0; d < head_dim_; ++d) keys_[d * columns_ + j] = query_[d];
+    }
+    std::fill(weights_.begin(), weights_.end(), 0.0f);
+    for (int64_t i = 0; i < n_; i += kRows) {
+      const int64_t rows = std::min(kRows, n_ - i);
+      for (int64_t r = i; r < i + rows; ++r)
+        widen(query + r * stride, head_dim_, query + std::min(r + kAhead, n_ - 1) * stride,
+              &query_[(r - i) * head_dim_]);
+      score();
+      for (int64_t r = 0; r < rows; ++r) add_softmax(&scores_[r * columns_]);
+    }
+    return weights_.data();
   }
-}
+
+ private:
+  static constexpr int64_t kRows = 4, kVecs = 2;  // queries and vectors of keys at a time
+  static constexpr int64_t kAhead = 8;            // rows
+
+  void score() {
+    for (int64_t j = 0; j < columns_; j += kVecs * kLanes) {
+      Vec sum[kRows][kVecs];
+      for (auto& row : sum)
+        for (Vec& lanes : row) lanes = Vec(0.0f);
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        const float* keys = &keys_[d * columns_ + j];
+        for (int64_t v = 0; v < kVecs; ++v)
+          for (int64_t r = 0; r < kRows; ++r)
+            sum[r][v] = fmadd(Vec(query_[r * head_dim_ + d]), load(keys + v * kLanes), sum[r][v]);
+      }
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int64_t v = 0; v < kVecs; ++v)
+          sum[r][v].store(&scores_[r * columns_ + j + v * kLanes]);
+    }
+  }
+
+  // Adds softmax(row / sqrt(head_dim)) / n to the weights; the row is overwritten.
+  void add_softmax(float* row) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim_));
+    const float largest = at::vec::reduce_all<float>(
+        [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, row, n_);
+    const Vec scales(scale), offset(-scale * largest);
+    for (int64_t j = 0; j < n_; j += kLanes)
+      store(row + j, fmadd(load(row + j), scales, offset).exp_u20(), n_ - j);
+    const float total =
+        at::vec::reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, row, n_);
+    const Vec share(1.0f / (total * static_cast<float>(n_)));
+    for (int64_t j = 0; j < n_; j += kLanes)
+      store(&weights_[j], fmadd(load(row + j), share, load(&weights_[j], n_ - j)), n_ - j);
+  }
+
+  int64_t n_, head_dim_, columns_;
+  std::vector<float> query_, keys_, scores_, weights_;
+};
 
 // out [C] = sum over the n tokens of weights [n] times tokens [n, C].
 template <typename T>
 void weighted_token(const float* weights, const T* tokens, int64_t n, int64_t channels,
                     float* out) {
   constexpr int64_t kVecs = 8;
-  for (int64_t c = 0; c < channels; c += kVecs * kLanes) {
+  const auto block = [&](int64_t c, const auto& load_at) {
     Vec sum[kVecs];
-    for (int64_t v = 0; v < kVecs; ++v) sum[v] = Vec(0.0f);
+    for (Vec& lanes : sum) lanes = Vec(0.0f);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t v = 0; v < kVecs; ++v) {
-        const int64_t at = c + v * kLanes;
-        sum[v] = fmadd(Vec(weights[i]), load(tokens + i * channels + at, channels - at), sum[v]);
-      }
+      for (int64_t v = 0; v < kVecs; ++v)
+        sum[v] = fmadd(Vec(weights[i]), load_at(tokens + i * channels, c + v * kLanes), sum[v]);
     for (int64_t v = 0; v < kVecs; ++v)
       store(out + c + v * kLanes, sum[v], channels - c - v * kLanes);
+  };
+  int64_t c = 0;
+  for (; c + kVecs * kLanes <= channels; c += kVecs * kLanes)
+    block(c, [](const T* row, int64_t at) { return load(row + at); });
+  if (c < channels)
+    block(c, [&](const T* row, int64_t at) { return load(row + at, channels - at); });
+}
+
+// out [images, rows] = vectors [images, C] times the transpose of weight [rows, C]; rows of `out` are
+// `stride` apart. Each row of the weight is read once for all images.
+template <int64_t kImages, typename T>
+void project(const float* vectors, const T* weight, int64_t rows, int64_t channels, float* out,
+             int64_t stride) {
+  constexpr int64_t kRows = 8 / kImages;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t some = std::min(kRows, rows - row);
+    const T* w[kRows];
+    for (int64_t r = 0; r < kRows; ++r) w[r] = weight + (row + std::min(r, some - 1)) * channels;
+    Vec sum[kRows][kImages];
+    for (auto& of_row : sum)
+      for (Vec& lanes : of_row) lanes = Vec(0.0f);
+    const auto add = [&](const auto& load_at) {
+      Vec x[kImages];
+      for (int64_t i = 0; i < kImages; ++i) x[i] = load_at(vectors + i * channels);
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Vec lanes = load_at(w[r]);
+        for (int64_t i = 0; i < kImages; ++i) sum[r][i] = fmadd(lanes, x[i], sum[r][i]);
+      }
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) add([&](const auto* at) { return load(at + c); });
+    if (c < channels) add([&](const auto* at) { return load(at + c, channels - c); });
+    for (int64_t r = 0; r < some; ++r)
+      for (int64_t i = 0; i < kImages; ++i)
+        out[i * stride + row + r] = at::vec::vec_reduce_all<float>(
+            [](const Vec& a, const Vec& b) { return a + b; }, sum[r][i]);
   }
 }
 
-// tokens [B, n, C] and query_key [B, n, 2C] float -> each head's mean token [heads, B, C] float.
+// tokens [B, n, C], query_key [B, n, 2C] and the value rows [C, C] of the weight -> pooled [B, 1, C]
+// float. A task is one head of a few images, so that the head's weight is read once for them.
 template <typename T>
-Tensor attend(const Tensor& tokens, const Tensor& query_key, int64_t heads) {
+Tensor attend(const Tensor& tokens, const Tensor& query_key, const T* value_weight, int64_t heads) {
   const int64_t batch = tokens.size(0), n = tokens.size(1), channels = tokens.size(2);
   const int64_t head_dim = channels / heads;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  const Tensor by_head = query_key.view({batch, n, 2, heads, head_dim}).permute({2, 0, 3, 1, 4});
-  const Tensor query = by_head[0], key = by_head[1].transpose(-2, -1);
-  Tensor gathered = at::empty({heads, batch, channels}, query_key.options());
+  constexpr int64_t kImages = 4;
+  const int64_t groups = at::divup(batch, kImages);
+  Tensor pooled = at::empty({batch, 1, channels}, tokens.options().dtype(at::kFloat));
   const T* x = tokens.const_data_ptr<T>();
-  float* out = gathered.mutable_data_ptr<float>();
-  // Images run in parallel; of a single image, the library's product and the heads do.
-  at::parallel_for(0, batch, 1, [&](int64_t first, int64_t last) {
-    const c10::InferenceMode inference;  // a worker thread starts without the caller's settings
-    const PlainKernels plain;
-    Tensor scores = at::empty({heads, n, n}, query_key.options());
-    for (int64_t image = first; image < last; ++image) {
-      at::bmm_out(scores, query[image], key[image]);
-      at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> row(n), weights(n);
-        for (int64_t head = begin; head < end; ++head) {
-          mean_attention(scores.const_data_ptr<float>() + head * n * n, n, scale, row.data(),
-                         weights.data());
-          weighted_token(weights.data(), x + image * n * channels, n, channels,
-                         out + (head * batch + image) * channels);
-        }
-      });
+  const T* qk = query_key.const_data_ptr<T>();
+  float* out = pooled.mutable_data_ptr<float>();
+  at::parallel_for(0, heads * groups, 1, [&](int64_t begin, int64_t end) {
+    MeanAttention attention(n, head_dim);
+    std::vector<float> gathered(kImages * channels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_channel = task / groups * head_dim, image = task % groups * kImages;
+      const int64_t images = std::min(kImages, batch - image);
+      for (int64_t i = 0; i < images; ++i) {
+        const T* query = qk + (image + i) * n * 2 * channels + first_channel;
+        weighted_token(attention.weights(query, query + channels, 2 * channels),
+                       x + (image + i) * n * channels, n, channels, &gathered[i * channels]);
+      }
+      const T* weight = value_weight + first_channel * channels;
+      float* target = out + image * channels + first_channel;
+      if (images == kImages) {
+        project<kImages>(gathered.data(), weight, head_dim, channels, target, channels);
+        continue;
+      }
+      for (int64_t i = 0; i < images; ++i)
+        project<1>(&gathered[i * channels], weight, head_dim, channels, target + i * channels,
+                   channels);
     }
   });
-  return gathered;
+  return pooled;
 }
 
 template <typename T>
 Tensor pool(const Tensor& tokens, int64_t prefix, int64_t height, int64_t width,
             const Tensor& qkv_weight, int64_t heads, int64_t stride, bool average) {
-  const int64_t batch = tokens.size(0), channels = tokens.size(2), head_dim = channels / heads;
+  const int64_t batch = tokens.size(0), channels = tokens.size(2);
   const Tensor s = pool_grid<T>(tokens, prefix, height, width, stride, average);
   const Tensor query_key = fast_linear(s.view({-1, channels}), qkv_weight, 2 * channels)
                                .view({batch, -1, 2 * channels});
-  const Tensor gathered = attend<T>(s, query_key.to(at::kFloat), heads).to(tokens.scalar_type());
-  const Tensor values = qkv_weight.narrow(0, 2 * channels, channels)
-                            .view({heads, head_dim, channels})
-                            .transpose(1, 2);
-  return at::bmm(gathered, values).transpose(0, 1).reshape({batch, 1, channels}).to(at::kFloat);
+  const T* values = qkv_weight.const_data_ptr<T>() + 2 * channels * channels;
+  return attend<T>(s, query_key, values, heads);
 }
 
 Tensor gah_pool(const Tensor& tokens, int64_t height, int64_t width, int64_t num_prefix_tokens,
