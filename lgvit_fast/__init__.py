@@ -19,7 +19,7 @@ from lgvit_fast._version import __version__
 if TYPE_CHECKING:
     from lgvit_fast import ops
     from lgvit_fast.heads import ExitSpec
-    from lgvit_fast.inference import Engine, plan_exits, stream
+    from lgvit_fast.inference import Engine, pack_, plan_exits, stream
     from lgvit_fast.interop import load_published
     from lgvit_fast.model import LGViT, create_model
     from lgvit_fast.outputs import ExitOutputs, Inference
@@ -48,6 +48,7 @@ __all__ = [
     "create_model",
     "load_published",
     "ops",
+    "pack_",
     "plan_exits",
     "stream",
 ]
@@ -55,7 +56,7 @@ __all__ = [
 # Names are imported when first used: torch takes seconds, and `lgvit-fast --help` needs none of it.
 _HOME = {
     "heads": ("ExitSpec",),
-    "inference": ("Engine", "plan_exits", "stream"),
+    "inference": ("Engine", "pack_", "plan_exits", "stream"),
     "interop": ("load_published",),
     "model": ("LGViT", "create_model"),
     "outputs": ("ExitOutputs", "Inference"),

@@ -8,6 +8,7 @@ ratio is the median over rounds of ratios of a round.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def ways(
     """All ways that exist on the model's device, `compiled` ones if asked.
 
     The first is dense timm, eager. With `exits`, an engine that asks only those layers is among them;
-    its share is of the layer ratio that all exits promise. The published scheme is there at batch
-    size 1, the only one it has.
+    its share is of the layer ratio that all exits promise. The published scheme takes the images of a
+    batch one by one, as it must, and in float32, as it is published, whatever the model's dtype.
     """
     dense = "dense timm"
     on_gpu = next(model.parameters()).device.type == "cuda"
@@ -116,8 +117,7 @@ def ways(
         ours = Engine(model, batch_size, compile=True, prepare=False)
         found.append(Way("engine, compiled", name, _in_batches(ours)))
         fast = name if on_gpu else fast
-    if batch_size == 1:
-        found.append(Way("published scheme", dense, _in_batches(PublishedScheme(model))))
+    found.append(_published(model, dense))
     engine = Engine(model, batch_size)
     found.append(Way("infer", dense, _in_batches(model.infer)))
     found.append(Way("engine", fast, _in_batches(engine)))
@@ -348,6 +348,14 @@ def _in_batches(call: Callable[[Tensor, Replay], Any]) -> Callable[[Tensor, Repl
         return [partial(call, images[part], policy.part(part.start, part.stop)) for part in parts]
 
     return start
+
+
+def _published(model: LGViT, like: str) -> Way:
+    if model.compute_dtype == torch.float32:
+        return Way("published scheme", like, _in_batches(PublishedScheme(model)))
+    scheme = PublishedScheme(copy.deepcopy(model).float())
+    call = _in_batches(lambda images, policy: scheme(images.float(), policy))
+    return Way("published scheme, float32", like, call)
 
 
 def _start_stream(engine: Engine, images: Tensor, policy: Replay, size: int) -> Calls:

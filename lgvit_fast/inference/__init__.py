@@ -2,6 +2,7 @@
 
 from lgvit_fast.inference.engine import Engine
 from lgvit_fast.inference.planner import Costs, Plan, measure_costs, plan_exits
+from lgvit_fast.inference.prepared import pack_
 from lgvit_fast.inference.report import Report, SegmentReport
 from lgvit_fast.inference.streaming import Answer, Stream, stream
 
@@ -14,6 +15,7 @@ __all__ = [
     "SegmentReport",
     "Stream",
     "measure_costs",
+    "pack_",
     "plan_exits",
     "stream",
 ]

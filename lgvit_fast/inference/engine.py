@@ -61,7 +61,7 @@ class Engine:
         gate: without graphs, carry images that left along until so many have; None takes what `warm_up`
             measured on this machine (then or earlier), else 1: compact at once.
         prepare: on the CPU, in float32 and bfloat16, use packed linear layers (see `PackedLinear`).
-            They hold the backbone's matrices a second time.
+            They hold the backbone's matrices a second time, unless the model is packed (see `pack_`).
 
     Raises:
         ValueError: an argument out of range, or `graphs=True` for a model that is not on a GPU.

@@ -10,9 +10,11 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn import functional as F
 
+from lgvit_fast.backbones import adapt
+from lgvit_fast.model import LGViT
 from lgvit_fast.ops.linear import PackedLinear
 
-__all__ = ["compiled_twin", "prepared_twin"]
+__all__ = ["compiled_twin", "pack_", "prepared_twin"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _logger = logging.getLogger("lgvit_fast")
@@ -25,6 +27,45 @@ def prepared_twin(backbone: nn.Module) -> nn.Module:
     1e-4 (2e-2 in bfloat16). The twin answers for the weights as they are now.
     """
     return _twin(backbone, _prepared)
+
+
+def pack_(model: LGViT) -> LGViT:
+    """Pack the linear layers of a model's backbone in place, for CPU inference.
+
+    `infer` then runs on what an `Engine` prepares for itself, and the backbone's matrices are held once
+    instead of twice. The model can be saved, but no longer trained, loaded into or moved.
+
+    Args:
+        model: on the CPU, in float32 or bfloat16, in eval mode.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuntimeError: the model is in train mode.
+        ValueError: another device or dtype.
+    """
+    if model.training:
+        raise RuntimeError("pack_ is for inference: call model.eval() first")
+    weight = next(model.backbone.parameters())
+    if weight.device.type != "cpu" or weight.dtype not in _TOLERANCE:
+        raise ValueError(
+            f"the model is {weight.dtype} on {weight.device}, expected float32 or bfloat16 on the CPU"
+        )
+    with torch.no_grad():
+        _replace_(model.backbone)
+    model.adapter = adapt(model.backbone)
+    model.cut_segments()
+    return model
+
+
+def _replace_(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        replacement = _prepared(child)
+        if replacement is None:
+            _replace_(child)
+        else:  # one by one, so that never more than one layer is held twice
+            module._modules[name] = replacement
 
 
 def compiled_twin(backbone: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
@@ -41,6 +82,8 @@ def compiled_twin(backbone: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module
 
 
 def _prepared(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, PackedLinear):
+        return module
     if type(module) is nn.Linear:
         return _packed(module)
     if isinstance(module, Mlp) and type(module.fc1) is nn.Linear and _is_exact_gelu(module.act):

@@ -8,7 +8,7 @@ makes room for new images, and a segment runs when a full batch waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from threading import RLock
 from types import TracebackType
@@ -49,67 +49,14 @@ class Answer:
 
 
 class _Ticket(NamedTuple):
-    """What travels with an image on the host."""
+    """An image on its way: what is known of it, and its row for the segment it waits for."""
 
     number: int
     target: Any
     since: float
-    nonfinite: bool = False
-
-
-class _Queue:
-    """Images that wait for a segment, in the order they came, in buffers that are kept.
-
-    Rows belong to the queue only once their tickets do, and `tickets` and `head` are plain attributes,
-    so that a caller can add and remove images of several queues in one statement.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._buffers: tuple[Tensor, ...] = ()
-        self.head = 0
-        self.tickets: list[_Ticket] = []
-
-    def __len__(self) -> int:
-        return len(self.tickets)
-
-    def peek(self, count: int) -> tuple[Tensor, ...]:
-        """Views of the first rows."""
-        return tuple(buffer[self.head : self.head + count] for buffer in self._buffers)
-
-    def write(self, rows: tuple[Tensor, ...], chosen: Sequence[int]) -> None:
-        """Put the chosen rows of tokens or pixels and of policy state behind those in the queue."""
-        if not self.tickets and not self._fits(rows):
-            self._buffers = tuple(r.new_empty(self._capacity, *r.shape[1:]) for r in rows)
-        size = len(self)
-        if self.head + size + len(chosen) > self._capacity:
-            for buffer, row in zip(self._buffers, self.peek(size), strict=True):
-                buffer[:size].copy_(row if self.head >= size else row.clone())
-            self.head = 0
-        end = self.head + size
-        index = torch.tensor(chosen, device=rows[0].device)
-        for buffer, row in zip(self._buffers, rows, strict=True):
-            torch.index_select(row, 0, index, out=buffer[end : end + len(chosen)])
-
-    def _fits(self, rows: tuple[Tensor, ...]) -> bool:
-        def kind(tensor: Tensor) -> tuple[Any, ...]:
-            return tensor.shape[1:], tensor.dtype, tensor.device
-
-        return [kind(buffer) for buffer in self._buffers] == [kind(row) for row in rows]
-
-
-class _Intake(NamedTuple):
-    """A loader's batch on its way into the first queue."""
-
-    images: Tensor
+    tokens: Tensor  # pixels before the first segment
     state: Tensor
-    tickets: list[_Ticket]
-
-    def after(self, count: int) -> _Intake | None:
-        """Without its first images; None if that were all."""
-        if count >= len(self.tickets):
-            return None
-        return _Intake(self.images[count:], self.state[count:], self.tickets[count:])
+    nonfinite: bool = False
 
 
 class Stream(Iterator[Answer]):
@@ -136,8 +83,8 @@ class Stream(Iterator[Answer]):
         self._policy, self._max_wait, self._max_pending = policy, max_wait, max_pending
         self._clock, self._lock = clock, RLock()
         self._source = PulledSource(loader) if max_wait is None else ThreadedSource(loader)
-        self._intake: _Intake | None = None
-        self._queues = [_Queue(2 * batch_size) for _ in range(len(engine.exits) + 1)]
+        self._intake: list[_Ticket] = []  # of the loader's last batch, what has no room yet
+        self._queues: list[list[_Ticket]] = [[] for _ in range(len(engine.exits) + 1)]
         self._finished: dict[int, Answer] = {}
         self._accepted = self._delivered = 0
         self._generation = -1
@@ -168,8 +115,7 @@ class Stream(Iterator[Answer]):
         with self._lock:
             self._source.close()
             self._exhausted = True
-            self._intake = None
-            self._queues = [_Queue(0) for _ in self._queues]
+            self._intake, self._queues = [], [[] for _ in self._queues]
             rest = [self._finished.pop(index) for index in sorted(self._finished)]
             self._delivered += len(rest)
             return rest
@@ -209,14 +155,14 @@ class Stream(Iterator[Answer]):
         if patience is not None and patience <= 0:
             self._run(self._oldest()[1], forced=True)
             return True
-        if self._intake is None and not self._exhausted:
+        if not self._intake and not self._exhausted:
             self._accept(patience)
-        waiting = [place for place, queue in enumerate(self._queues) if len(queue)]
-        if self._intake is not None:
-            size = (self._intake.images.shape[2], self._intake.images.shape[3])
-            if size == self._image_size or not waiting:
-                self._image_size = size
-                self._enqueue(self._intake)
+        waiting = [place for place, queue in enumerate(self._queues) if queue]
+        if self._intake:
+            _, height, width = self._intake[0].tokens.shape
+            if (height, width) == self._image_size or not waiting:
+                self._image_size = (height, width)
+                self._enqueue()
                 return True  # else those of another size go first
         elif not self._exhausted:
             return True  # nothing came in time
@@ -226,12 +172,12 @@ class Stream(Iterator[Answer]):
 
     def _oldest(self) -> tuple[_Ticket, int]:
         """The image that came first of all that wait, and the place of its queue."""
-        tickets = ((t, place) for place, q in enumerate(self._queues) for t in q.tickets)
+        tickets = ((t, place) for place, queue in enumerate(self._queues) for t in queue)
         return min(tickets, key=lambda pair: pair[0].number)
 
     def _patience(self) -> float | None:
         """Seconds until somebody has waited enough; None: nobody waits for time."""
-        if not any(map(len, self._queues)):
+        if not any(self._queues):
             return None
         ticket, _ = self._oldest()
         if self._accepted - ticket.number > self._max_pending:
@@ -252,20 +198,21 @@ class Stream(Iterator[Answer]):
                 self._engine.model.admit(images, self._policy)
                 first, last, now = self._accepted, self._accepted + len(images), self._clock()
                 state = self._policy.part(first, last).start(len(images), images.device)
-                tickets = [_Ticket(first + i, targets[i], now) for i in range(len(images))]
-                if tickets:
-                    self._intake, self._accepted = _Intake(images, state, tickets), last
+                rows = zip(images.unbind(), state.unbind(), strict=True)
+                intake = [_Ticket(first + i, targets[i], now, *row) for i, row in enumerate(rows)]
+                self._intake, self._accepted = intake, last
         except Exception as error:
             error.add_note(f"in a stream, after {self._accepted} images")
             self._failure, self._exhausted = error, True
 
-    def _enqueue(self, intake: _Intake) -> None:
-        """Fill the first queue up to a batch."""
-        queue = self._queues[0]
+    def _enqueue(self) -> None:
+        """Fill the first queue up to a batch, with copies: the loader may use its memory again."""
+        queue, *others = self._queues
         space = self._batch_size - len(queue)
-        queue.write((intake.images, intake.state), range(min(space, len(intake.tickets))))
-        tickets, rest = queue.tickets + intake.tickets[:space], intake.after(space)
-        queue.tickets, self._intake = tickets, rest
+        images = torch.stack([ticket.tokens for ticket in self._intake[:space]]).unbind()
+        joined = [t._replace(tokens=image) for t, image in zip(self._intake, images, strict=False)]
+        queues, rest = [queue + joined, *others], self._intake[space:]
+        self._queues, self._intake = queues, rest
 
     def _to_model(self, images: Any) -> Any:
         if not isinstance(images, Tensor):
@@ -277,10 +224,11 @@ class Stream(Iterator[Answer]):
     def _run(self, place: int, forced: bool = False) -> None:
         """Run a segment on what waits for it, at most a batch. Changes nothing if it fails."""
         segment, queue = self._segments()[place], self._queues[place]
-        count = min(len(queue), self._batch_size)
-        source, state = queue.peek(count)
-        state = state.clone()
-        tokens = segment.adapter.embed(source) if segment.start == 0 else source
+        batch, rest = queue[: self._batch_size], queue[self._batch_size :]
+        tokens = torch.stack([ticket.tokens for ticket in batch])
+        state = torch.stack([ticket.state for ticket in batch])
+        if segment.start == 0:
+            tokens = segment.adapter.embed(tokens)
         grid = segment.adapter.patch_grid(self._image_size, segment.stop)
         tokens, step = segment(tokens, state, grid, segment.rule(self._policy))
         leave = step.leave
@@ -288,34 +236,35 @@ class Stream(Iterator[Answer]):
             leave = self._policy.decide(leave, state, segment.index)
         left, valid = torch.stack((leave, step.valid)).tolist()  # the one wait
 
-        tickets = [
+        batch = [
             ticket._replace(nonfinite=ticket.nonfinite or not fine)
-            for ticket, fine in zip(queue.tickets, valid, strict=False)
+            for ticket, fine in zip(batch, valid, strict=True)
         ]
-        gone = [i for i in range(count) if left[i]]
-        stay = [i for i in range(count) if not left[i]]
+        gone = [i for i, leaves in enumerate(left) if leaves]
+        stay = [i for i, leaves in enumerate(left) if not leaves]
+        leavers = zip([batch[i] for i in gone], step.logits[gone].unbind(), strict=True)
         answers = {
-            ticket.number: Answer(
-                ticket.number, logits, segment.index, segment.stop, ticket.nonfinite, ticket.target
-            )
-            for ticket, logits in zip(
-                [tickets[i] for i in gone], step.logits[gone].unbind(), strict=True
-            )
+            t.number: Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target)
+            for t, row in leavers
         }
-        target = queue if segment.is_last else self._queues[place + 1]
-        if stay:
-            target.write((tokens, state), stay)
-        joined, rest = target.tickets + [tickets[i] for i in stay], queue.tickets[count:]
-        finished, head = {**self._finished, **answers}, queue.head + count
+        survivors = zip(tokens[stay].unbind(), state[stay].unbind(), strict=True)
+        joined = [
+            batch[i]._replace(tokens=row, state=kept)
+            for i, (row, kept) in zip(stay, survivors, strict=True)
+        ]
+        queues, finished = list(self._queues), {**self._finished, **answers}
+        queues[place] = rest
+        if joined:
+            queues[place + 1] = queues[place + 1] + joined
         # One statement without a call: an interrupt comes before or after it, never inside.
-        target.tickets, queue.tickets, queue.head, self._finished = joined, rest, head, finished
-        self._tally.add(place, count)
+        self._queues, self._finished = queues, finished
+        self._tally.add(place, len(batch))
         self._tally.forced += forced
 
     def _segments(self) -> tuple[Segment, ...]:
         segments, generation = self._engine.segments, self._engine.generation
         if generation != self._generation:
-            on_their_way = sum(map(len, self._queues)) - len(self._queues[0])
+            on_their_way = sum(map(len, self._queues[1:]))
             if on_their_way:
                 raise RuntimeError(
                     f"the model changed while {on_their_way} images were on their way through it"

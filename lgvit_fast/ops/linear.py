@@ -8,6 +8,9 @@ the same choice); ``LGVIT_LINEAR`` overrides it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +43,8 @@ class PackedLinear(nn.Module):
     """`activation(x weight^T + bias)` without gradients, its weight in the layout of one GEMM.
 
     The packed weight replaces the plain one, it is not held beside it. It is a copy: it does not
-    follow later changes of `weight`. Not for `state_dict`; `weight` gives the plain weight back.
+    follow later changes of `weight`. `weight` and `state_dict` give the plain weight back; loading
+    weights, training, and moving to another device are errors.
 
     Args:
         weight: `[N, K]`, on the CPU, float32 or bfloat16.
@@ -60,6 +64,7 @@ class PackedLinear(nn.Module):
         gemm: str | None = None,
     ) -> None:
         super().__init__()
+        self.training = False
         if weight.dim() != 2 or weight.device.type != "cpu":
             raise ValueError(
                 f"weight is {list(weight.shape)} on {weight.device}, expected [N, K] on cpu"
@@ -109,6 +114,38 @@ class PackedLinear(nn.Module):
         else:
             out = F.linear(x, self._weight, self._bias)
         return out if self.activation is None else F.gelu(out)
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        """Eval mode is the only one.
+
+        Raises:
+            RuntimeError: `mode` is True.
+        """
+        if mode:
+            raise RuntimeError("packed linear layers have no gradients: train before packing")
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        got = fn(torch.empty(0, dtype=self._weight.dtype))
+        if got.dtype != self._weight.dtype or got.device.type != "cpu":
+            raise RuntimeError(
+                f"packed linear layers stay {self._weight.dtype} on the CPU: convert before packing"
+            )
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "weight"] = self.weight
+        if self._bias is not None:
+            destination[prefix + "bias"] = self._bias
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        error_msgs: list[str] = args[-1]
+        error_msgs.append(f"{prefix[:-1]} is packed for inference: load weights before packing")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedLinear, (self.weight, self._bias, self.activation, self.gemm)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

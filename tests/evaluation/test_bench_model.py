@@ -50,11 +50,16 @@ def test_rows_of_a_tiny_model(tmp_path):
     assert len({line.count("|") for line in table}) == 1
 
 
-def test_the_published_scheme_runs_at_batch_one_only():
+def test_the_published_scheme_is_measured_in_float32():
     model = tiny_model(exits=[2, 3])
-    names = {size: [w.name for w in bench.ways(model, size, compiled=False)] for size in (1, 4)}
-    assert "published scheme" in names[1]
-    assert "published scheme" not in names[4]
+    policy = lgvit_fast.Replay([0, 2, 1])
+    for dtype, name in (
+        (torch.float32, "published scheme"),
+        (torch.bfloat16, "published scheme, float32"),
+    ):
+        way = next(w for w in bench.ways(model.to(dtype), 4, compiled=False) if w.name == name)
+        (call,) = way.start(images(3).to(dtype), policy, 4)
+        assert call().dtype == torch.float32
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
