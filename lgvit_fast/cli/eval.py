@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgvit_fast.cli.options import (
+    ON_THE_HUB,
     POLICIES,
     UsageError,
     add_compute,
@@ -50,7 +51,7 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model")
+    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model, or hf-hub:USER/MODEL")
     data = parser.add_argument_group("images")
     data.add_argument(
         "--data",
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print, and write the report."""
     from lgvit_fast.evaluation import evaluate
 
+    if args.save_policy and args.model.startswith(ON_THE_HUB):
+        raise UsageError(f"--save-policy writes to a folder; {args.model} is on the hub")
     model = load_model(args.model, args.device)
     kinds, policy = _policies(args, model)
     source, relabel = _open(args, model)

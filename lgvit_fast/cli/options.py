@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lgvit_fast.policies import Policy
 
 __all__ = [
+    "ON_THE_HUB",
     "POLICIES",
     "UsageError",
     "add_compute",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 POLICIES = ("confidence", "entropy", "patience", "patient_confident")
+ON_THE_HUB = "hf-hub:"  # before the name of a model on the Hugging Face hub, as in timm
 
 
 class UsageError(ValueError):
@@ -108,18 +110,20 @@ def autocast_of(args: argparse.Namespace, model: LGViT) -> AbstractContextManage
 
 
 def load_model(folder: str, device: str | None) -> LGViT:
-    """A saved model, in eval mode on a device.
+    """A saved model, or `hf-hub:user/model`, in eval mode on a device.
 
     Raises:
         UsageError: no such device.
-        FileNotFoundError: no saved model there.
+        FileNotFoundError: no saved model there, or the hub cannot be reached.
         ValueError: a damaged one, saying how.
     """
+    name = folder.removeprefix(ON_THE_HUB)
     missing = [n for n in ("config.json", "model.safetensors") if not (Path(folder) / n).is_file()]
-    if missing:
+    if missing and name == folder:
         raise FileNotFoundError(
             f"no saved model in {folder!r}: {' and '.join(missing)} not found (training saves one in"
-            " OUTPUT/stage1/best and OUTPUT/stage2/best)"
+            " OUTPUT/stage1/best and OUTPUT/stage2/best; a model on the Hugging Face hub is"
+            " hf-hub:user/model)"
         )
     import torch  # after what can be said without it
 
@@ -131,7 +135,7 @@ def load_model(folder: str, device: str | None) -> LGViT:
         raise UsageError(f"--device {device}: {error}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch sees no GPU")
-    return LGViT.from_pretrained(folder).to(place)
+    return LGViT.from_pretrained(name).to(place)
 
 
 def _thresholds(text: str) -> float | list[float]:

@@ -58,7 +58,7 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model")
+    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model, or hf-hub:USER/MODEL")
     parser.add_argument(
         "paths",
         metavar="PATH",

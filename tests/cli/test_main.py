@@ -70,6 +70,26 @@ def test_no_model_there_is_one_line_and_1(tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_a_model_on_the_hub(saved, photos, capsys, monkeypatch):
+    asked = []
+
+    def download(name, file, **options):
+        asked.append((name, file))
+        if name == "someone/else":
+            raise OSError("no network")
+        return f"{saved}/{file}"
+
+    monkeypatch.setattr("lgvit_fast.pretrained.hf_hub_download", download)
+    assert main(["predict", "hf-hub:someone/digits", str(photos / "deep")]) == 0
+    assert asked[0] == ("someone/digits", "config.json")
+    capsys.readouterr()
+    assert main(["predict", "hf-hub:someone/else", "x.png"]) == 1
+    assert "the hub did not give it (no network)" in capsys.readouterr().err
+    options = ["--data", "digits", "--save-policy"]
+    assert main(["eval", "hf-hub:someone/digits", *options]) == 2
+    assert "--save-policy writes to a folder" in capsys.readouterr().err
+
+
 def test_a_damaged_model_is_one_line_and_1(saved, tmp_path, capsys):
     for name in ("config.json", "model.safetensors"):
         with open(f"{saved}/{name}", "rb") as file:
