@@ -23,7 +23,6 @@ from lgvit_fast.weights import load_json, load_weights, save_json, save_weights,
 if TYPE_CHECKING:
     from typing import Self
 
-    from lgvit_fast.model import LGViT
 
 __all__ = [
     "PretrainedMixin",
@@ -79,7 +78,7 @@ class PretrainedMixin(
 
     def get_config(self) -> dict[str, Any]:
         """Everything but the weights, as json types: backbone, exits, head options, policy."""
-        model = cast("LGViT", self)
+        model = cast(Any, self)
         return {
             "format": _FORMAT,
             "backbone": model._backbone_config,
@@ -93,7 +92,7 @@ class PretrainedMixin(
 
     def remember_layer_norm_eps(self, eps: float) -> None:
         """Give every LayerNorm this eps, and keep it with the model: it is no argument of timm's."""
-        model = cast("LGViT", self)
+        model = cast(Any, self)
         set_layer_norm_eps(model, eps)
         if model._backbone_config is not None:
             model._backbone_config["layer_norm_eps"] = eps
@@ -121,7 +120,7 @@ class PretrainedMixin(
         Returns:
             The address of the upload, if there was one.
         """
-        model, folder = cast("LGViT", self), Path(folder)
+        model, folder = cast(Any, self), Path(folder)
         save_weights(folder / _WEIGHTS, model.state_dict(), {"format": _FORMAT})
         save_json(folder / _CONFIG, self.get_config())
         if not (folder / "README.md").exists():
@@ -136,7 +135,7 @@ class PretrainedMixin(
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """A model card that says what the exits are and how to use the model."""
-        model = cast("LGViT", self)
+        model = cast(Any, self)
         backbone = (model._backbone_config or {}).get("name") or type(model.backbone).__name__
         facts = {
             "backbone": backbone,
@@ -192,7 +191,7 @@ class PretrainedMixin(
             raise ValueError(f"{folder} has format {found!r}, expected {_FORMAT!r}")
         tensors = load_weights(place / _WEIGHTS)
         model = cls.from_config(config, backbone)
-        load_strictly(cast("LGViT", model), tensors, str(place / _WEIGHTS))
+        load_strictly(cast(nn.Module, model), tensors, str(place / _WEIGHTS))
         return model.eval()  # type: ignore[attr-defined]
 
     @classmethod
@@ -218,7 +217,7 @@ class PretrainedMixin(
             num_heads=config["num_heads"],
         )
         model._backbone_config = config["backbone"]  # type: ignore[attr-defined]
-        set_layer_norm_eps(cast("LGViT", model), (config["backbone"] or {}).get("layer_norm_eps"))
+        set_layer_norm_eps(cast(nn.Module, model), (config["backbone"] or {}).get("layer_norm_eps"))
         model.class_names = config.get("class_names")  # type: ignore[attr-defined]
         if config.get("policy"):
             arguments = dict(config["policy"])
@@ -226,7 +225,7 @@ class PretrainedMixin(
         return model
 
 
-def load_strictly(model: LGViT, tensors: dict[str, torch.Tensor], source: str) -> None:
+def load_strictly(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict that must fit exactly.
 
     Raises:

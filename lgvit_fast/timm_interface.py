@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from lgvit_fast.model import LGViT
 
 __all__ = ["BACKBONE", "TimmInterface"]
 
@@ -44,10 +41,10 @@ class TimmInterface:
             raise ValueError(
                 f"num_classes={num_classes}, expected at least 1: exits are classifiers"
             )
-        model = cast("LGViT", self)
+        model = cast(Any, self)
         self._timm.reset_classifier(num_classes)
         for head in model.exit_heads:
-            head.reset_classifiers(num_classes)  # type: ignore[operator]
+            head.reset_classifiers(num_classes)
         model.num_classes = model.adapter.num_classes = num_classes
         model.class_names = None
         if model._backbone_config is not None:
@@ -86,7 +83,7 @@ class TimmInterface:
 
     @property
     def _timm(self) -> Any:
-        return cast("LGViT", self).backbone
+        return cast(Any, self).backbone
 
 
 def _below_backbone(pattern: str) -> str:
