@@ -263,11 +263,12 @@ def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
 def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     """How to make this timm model again by name, or None if that cannot be said with json types."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    recorded = getattr(model, "_model_args", None)
-    if not name or recorded is None or not timm.is_model(name):
+    if not name or not timm.is_model(name):
         return None
+    recorded = getattr(model, "_model_args", None)
+    given = _size_of(model) if recorded is None else recorded  # timm notes them since 1.0.31
     unwanted = ("pretrained", "num_classes", "cache_dir", "pretrained_cfg_overlay")
-    args = {key: value for key, value in recorded.items() if key not in unwanted}
+    args = {key: value for key, value in given.items() if key not in unwanted}
     args["num_classes"] = model.num_classes
     try:
         args = json.loads(json.dumps(args))
@@ -277,7 +278,27 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if shapes != {key: value.shape for key, value in again.state_dict().items()}:
         return None  # changed after it was made, by set_input_size for one
+    if recorded is None and _settings(model) != _settings(again):
+        return None
     return {"name": name, "args": args}
+
+
+def _size_of(model: nn.Module) -> dict[str, Any]:
+    """The argument that most often differs from a model's defaults."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    default = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+    return {} if size is None or tuple(size) == default else {"img_size": list(size)}
+
+
+def _settings(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+    """What modules are and hold besides tensors: activations, rates, how features are pooled."""
+    plain = (bool, int, float, str, tuple, type(None))
+
+    def of(module: nn.Module) -> dict[str, Any]:
+        held = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        return {**held, "training": None}
+
+    return [(name, type(module), of(module)) for name, module in model.named_modules()]
 
 
 def _without_storage(name: str, args: dict[str, Any]) -> nn.Module:

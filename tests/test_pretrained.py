@@ -4,6 +4,7 @@ import shutil
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 
 import lgvit_fast
@@ -85,3 +86,24 @@ def test_a_hub_name_while_offline_says_what_works(tmp_path):
         lgvit_fast.LGViT.from_pretrained(
             "someone/nothing", cache_dir=tmp_path, local_files_only=True
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"img_size": 96}, True),
+        ({"class_token": False, "global_pool": "avg"}, False),
+        ({"act_layer": "relu"}, False),
+        ({"proj_drop_rate": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_a_model_of_a_timm_that_does_not_note_its_arguments(options, known):
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=7, **options).eval()
+    if hasattr(backbone, "_model_args"):
+        del backbone._model_args
+    described = pretrained.describe_backbone(backbone)
+    assert (described is not None) == known
+    if described is not None:
+        assert described["args"].keys() == {"num_classes", *options}
