@@ -16,9 +16,12 @@ from lgvit_fast.inference.engine import Engine
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import Inference
+from lgvit_fast.policies import Replay
 from lgvit_fast.segments import Segment
 
 __all__ = ["Costs", "Plan", "measure_costs", "plan_exits"]
+
+_SECONDS, _MOST_ROUNDS = 1.0, 25  # to measure a small model for, in how many passes
 
 
 @dataclass(frozen=True)
@@ -137,28 +140,28 @@ def measure_costs(
 ) -> Costs:
     """Time the parts of a model, as its engine runs them, at 1, 2, 4, ... and `batch_size` images.
 
-    The least of `rounds` passes counts.
+    Medians of at least `rounds` passes, more of a small model. All are scaled alike, so that their sum
+    is what the engine takes for a batch that nobody leaves: what it does besides counts too.
     """
     engine = Engine(model, max_batch=batch_size)
-    segments, adapter = engine.segments, engine.segments[0].adapter
     parameter = next(model.parameters())
     built_for = getattr(model.backbone.patch_embed, "img_size", None)
     height, width = image_size or built_for or model.pretrained_cfg["input_size"][1:]
     batches = [1 << i for i in range(batch_size.bit_length()) if 1 << i < batch_size] + [batch_size]
-    best = np.full((len(batches), 1 + 2 * len(segments)), np.inf)
-    for _ in range(rounds):
-        for row, batch in enumerate(batches):
-            images = torch.zeros(
-                batch,
-                adapter.in_chans,
-                height,
-                width,
-                device=parameter.device,
-                dtype=parameter.dtype,
-            )
-            times = _time_parts(model, segments, images)
-            best[row] = np.minimum(best[row], times)
-    columns = best.T.tolist()
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, model.adapter.in_chans, height, width, generator=draw)
+    images = images.to(parameter.device, parameter.dtype)
+    nobody = Replay([len(model.exits)] * batch_size)
+    parts, whole = list[list[list[float]]](), list[float]()
+    start = time.perf_counter()
+    while len(whole) < rounds or (
+        len(whole) < _MOST_ROUNDS and time.perf_counter() - start < _SECONDS
+    ):
+        parts.append([_time_parts(model, engine.segments, images[:batch]) for batch in batches])
+        whole.append(_timed(partial(engine, images, nobody), images.device)[1])
+    typical = np.median(parts, axis=0)
+    typical *= np.median(whole) / typical[-1].sum()
+    columns = typical.T.tolist()
     return Costs(
         batches=tuple(batches),
         embed=tuple(columns[0]),
