@@ -11,18 +11,17 @@ from lgvit_fast.heads.gah import GlobalAggregationHead
 from lgvit_fast.heads.layout import ExitSpec
 from lgvit_fast.heads.lph import LocalPerceptionHead
 from lgvit_fast.heads.plain import AttentionHead, BlockHead, ConvHead, LinearHead, MLPHead
-from lgvit_fast.heads.readout import ClassReadout, MeanReadout
+from lgvit_fast.heads.readout import ClassReadout, MeanReadout, standard_mean
 from lgvit_fast.ops.exit_step import ExitRule, ExitStep, apply_rule, exit_step
-from lgvit_fast.ops.lph import LPHWeights
 from lgvit_fast.watch import Watch
 
 __all__ = ["ExitHead"]
 
 
 class FoldedHead(NamedTuple):
-    """An exit in the exact inference form: per-token weights, then one matrix."""
+    """An exit in the exact inference form: what is done per token, then one matrix."""
 
-    pool_weights: LPHWeights | Tensor
+    perception: Any  # weights of `pool`, or of `feature` where the readout has a norm
     weight: Tensor  # [K, (M + T) * C]
     bias: Tensor  # [K]
 
@@ -48,10 +47,11 @@ class ExitHead(nn.Module):
 
     Attributes:
         perception: the head proper. With `whole` it works on all tokens, else on the patches. If it has
-            `fold` and `pool`, these are its exact inference form.
+            `fold` and `pool`, these are its exact inference form; `fold_feature` and `feature` are, if
+            the readout has a norm.
         readout: its feature to vectors.
         classifiers: one for each vector; their votes are averaged.
-        fused: whether the inference form is the pooled one rather than the training form.
+        fused: whether there is an inference form of its own rather than the training form.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class ExitHead(nn.Module):
             self.readout = ClassReadout(width, num_class_tokens)
         else:
             self.readout = MeanReadout(width, norm or self.whole)
-        self.fused = hasattr(self.perception, "pool") and self.readout.affine
+        form = "pool" if self.readout.affine else "feature"
+        self.fused = isinstance(self.readout, MeanReadout) and hasattr(self.perception, form)
         count = max(1, num_class_tokens)
         self.classifiers = _classifiers(count, width, num_classes)
         self.folded: FoldedHead | None = None
@@ -119,12 +120,14 @@ class ExitHead(nn.Module):
         if folded is None:
             raise RuntimeError("the exit head is not prepared: call prepare(dtype) first")
         tokens = tokens.to(folded.weight.dtype)
-        pooled = self.perception.pool(
-            tokens,
-            patch_grid,
-            self.num_prefix_tokens,
-            folded.pool_weights,
-        )
+        if self.readout.affine:
+            pooled = self.perception.pool(
+                tokens, patch_grid, self.num_prefix_tokens, folded.perception
+            )
+        else:
+            patches = tokens[:, self.num_prefix_tokens :]
+            feature = self.perception.feature(patches, patch_grid, folded.perception)
+            pooled = standard_mean(feature, self._norm.eps)
         return exit_step(
             pooled, tokens, self.num_class_tokens, folded.weight, folded.bias, rule, state
         )
@@ -144,19 +147,28 @@ class ExitHead(nn.Module):
                 return
         linears = self._linears
         with torch.autocast(linears[0].weight.device.type, enabled=False):
-            pool_weights, matrix, matrix_bias = self.perception.fold(dtype)
             votes = [linear.weight.double() / len(linears) for linear in linears]
             classifier = torch.stack(votes).sum(0)
-            weight = torch.cat((classifier @ matrix, *votes[: self.num_class_tokens]), dim=1)
             bias = torch.stack([linear.bias.double() for linear in linears]).mean(0)
-            bias = bias + classifier @ matrix_bias
+            if self.readout.affine:
+                perception, matrix, offset = self.perception.fold(dtype)
+                weight, bias = classifier @ matrix, bias + classifier @ offset
+            else:
+                perception = self.perception.fold_feature(dtype)
+                weight = classifier * self._norm.weight.double()
+                bias = bias + classifier @ self._norm.bias.double()
+            weight = torch.cat((weight, *votes[: self.num_class_tokens]), dim=1)
             vectors = torch.promote_types(dtype, torch.float32)
-            self.folded = FoldedHead(pool_weights, weight.to(dtype), bias.to(vectors))
+            self.folded = FoldedHead(perception, weight.to(dtype), bias.to(vectors))
         self._watch = Watch(self)
 
     @property
     def _linears(self) -> list[nn.Linear]:
         return cast(list[nn.Linear], list(self.classifiers))
+
+    @property
+    def _norm(self) -> nn.LayerNorm:
+        return cast(nn.LayerNorm, self.readout.norm)
 
     def train(self, mode: bool = True) -> ExitHead:
         """Sets the mode; returning to train mode drops the folded weights."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lgvit_fast.ops.attention import attention
 from lgvit_fast.ops.gah import POOLS, gah_pool, pool_grid
+from lgvit_fast.ops.linear import Linear, inference_linear
 
 __all__ = ["GlobalAggregationHead"]
 
@@ -69,3 +70,18 @@ class GlobalAggregationHead(nn.Module):
             self.stride,
             self.pool_type,
         )
+
+    def fold_feature(self, dtype: torch.dtype) -> tuple[Linear, Linear]:
+        """Weights of `feature` in `dtype`, for a readout that needs the feature token by token."""
+        return (
+            inference_linear(self.qkv.weight.to(dtype), None),
+            inference_linear(self.proj.weight.to(dtype), self.proj.bias.to(dtype)),
+        )
+
+    def feature(
+        self, patches: Tensor, patch_grid: tuple[int, int], weights: tuple[Linear, Linear]
+    ) -> Tensor:
+        """Inference form of `forward`: patch tokens `[B, N, C]` to the feature y `[B, n, C]`."""
+        qkv, proj = weights
+        s = pool_grid(patches, patch_grid, self.stride, self.pool_type)
+        return proj(attention(qkv(s), self.num_heads))

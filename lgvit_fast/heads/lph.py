@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgvit_fast.heads.affine import batchnorm_affine, batchnorm_tokens
 from lgvit_fast.ops.depthwise import depthwise_gelu
+from lgvit_fast.ops.linear import Linear, inference_linear
 from lgvit_fast.ops.lph import LPHWeights, lph_pool
 
 __all__ = ["LocalPerceptionHead"]
+
+
+class FoldedFeature(NamedTuple):
+    """The head's layers up to its feature, every BatchNorm folded but the one before the padding."""
+
+    pointwise1: Linear  # with gelu
+    scale: Tensor | None  # [C], BatchNorm 1; None for the light head, as all up to pointwise2
+    shift: Tensor | None
+    depthwise_weight: Tensor | None  # [C, 3, 3]
+    depthwise_bias: Tensor | None
+    pointwise2: Linear
 
 
 class LocalPerceptionHead(nn.Module):
@@ -85,3 +99,30 @@ class LocalPerceptionHead(nn.Module):
     ) -> Tensor:
         """Inference form: tokens `[B, P + N, C]` to pooled `[B, 2, C]`."""
         return lph_pool(tokens, patch_grid, num_prefix_tokens, weights)
+
+    def fold_feature(self, dtype: torch.dtype) -> FoldedFeature:
+        """Weights of `feature` in `dtype`, for a readout that needs the feature token by token."""
+        pool, projection, bias = self.fold(dtype)
+        matrix = projection[:, : self.width]  # the rest is the residual's
+        scale, shift, taps, offset = pool[2:]
+        return FoldedFeature(
+            inference_linear(pool.weight, pool.bias.to(dtype), "gelu"),
+            None if scale is None else scale.to(dtype),
+            None if shift is None else shift.to(dtype),
+            None if taps is None else taps.to(dtype),
+            None if offset is None else offset.to(dtype),
+            inference_linear(matrix.to(dtype).contiguous(), bias.to(dtype)),
+        )
+
+    def feature(
+        self, patches: Tensor, patch_grid: tuple[int, int], weights: FoldedFeature
+    ) -> Tensor:
+        """Inference form of `forward`: patch tokens `[B, N, C]` to the feature y `[B, N, C]`."""
+        hidden = weights.pointwise1(patches)
+        if weights.depthwise_weight is not None and weights.depthwise_bias is not None:
+            assert weights.scale is not None and weights.shift is not None
+            hidden = torch.addcmul(weights.shift, hidden, weights.scale)
+            hidden = depthwise_gelu(
+                hidden, patch_grid, weights.depthwise_weight, weights.depthwise_bias
+            )
+        return weights.pointwise2(hidden) + patches

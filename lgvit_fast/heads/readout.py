@@ -6,8 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["ClassReadout", "MeanReadout"]
+__all__ = ["ClassReadout", "MeanReadout", "standard_mean"]
 
 
 class MeanReadout(nn.Module):
@@ -31,6 +32,12 @@ class MeanReadout(nn.Module):
         """Features `[B, n, C]` and class tokens `[B, T, C]` to max(1, T) vectors `[B, C]`."""
         mean = (patches if self.norm is None else self.norm(patches)).mean(dim=1)
         return tuple(mean + token for token in class_tokens.unbind(1)) or (mean,)
+
+
+def standard_mean(feature: Tensor, eps: float) -> Tensor:
+    """Mean `[B, 1, C]` over the tokens `[B, n, C]` of a LayerNorm without weight and bias."""
+    normed = F.layer_norm(feature, feature.shape[-1:], eps=eps)
+    return normed.mean(1, keepdim=True, dtype=torch.promote_types(feature.dtype, torch.float32))
 
 
 class ClassReadout(nn.Module):

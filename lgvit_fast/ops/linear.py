@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lgvit_fast import _extension
 
-__all__ = ["CANDIDATES", "PackedLinear", "fastest"]
+__all__ = ["CANDIDATES", "Linear", "PackedLinear", "fastest", "inference_linear"]
 
 CANDIDATES = ("linear", "conv", "packed")
 
@@ -37,6 +37,24 @@ def fastest(n: int, k: int, dtype: torch.dtype) -> str:
         return "linear"
     choice: str = torch.ops.lgvit_fast.linear_choice(n, k, dtype)
     return choice
+
+
+Linear = Callable[[Tensor], Tensor]
+
+
+def inference_linear(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Linear:
+    """`activation(x weight^T + bias)` for inference: packed where `PackedLinear` can be, else plain.
+
+    Args:
+        weight: `[N, K]`.
+        bias: `[N]` of the same dtype, or None.
+        activation: None, or "gelu" for the exact gelu.
+    """
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+        return PackedLinear(weight, bias, activation)
+    if activation is None:
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: F.gelu(F.linear(x, weight, bias))
 
 
 class PackedLinear(nn.Module):

@@ -24,8 +24,9 @@ def blank_state(batch):
 @pytest.mark.parametrize("kind", ["lph_full", "lph_light", "gah_1", "gah_2", "gah_3"])
 @pytest.mark.parametrize("grid", [(1, 1), (7, 7), (13, 15), (14, 14), (3, 24)], ids=str)
 @pytest.mark.parametrize(("prefix", "class_tokens"), [(0, 0), (1, 1), (2, 2), (5, 1)])
-def test_forms_agree_in_float64(kind, grid, prefix, class_tokens):
-    head = make_head(kind, prefix=prefix, class_tokens=class_tokens).double()
+@pytest.mark.parametrize("norm", [False, True], ids=["mean", "norm"])
+def test_forms_agree_in_float64(kind, grid, prefix, class_tokens, norm):
+    head = make_head(kind, prefix=prefix, class_tokens=class_tokens, norm=norm).double()
     tokens = torch.randn(3, prefix + grid[0] * grid[1], 32, dtype=torch.float64)
     head.prepare(torch.float64)
     with torch.no_grad():
@@ -51,8 +52,9 @@ def test_average_pooling_keeps_partial_windows(kind):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)]
 )
-def test_dtypes(kind, dtype, tolerance):
-    head = make_head(kind)
+@pytest.mark.parametrize("norm", [False, True], ids=["mean", "norm"])
+def test_dtypes(kind, dtype, tolerance, norm):
+    head = make_head(kind, norm=norm)
     tokens = torch.randn(3, 1 + 16, 32).to(dtype)
     with torch.no_grad():
         expected, _ = head.double()(tokens.double(), (4, 4))
@@ -64,8 +66,9 @@ def test_dtypes(kind, dtype, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["lph_full", "gah_2"])
-def test_strided_tokens(kind):
-    head = make_head(kind)
+@pytest.mark.parametrize("norm", [False, True], ids=["mean", "norm"])
+def test_strided_tokens(kind, norm):
+    head = make_head(kind, norm=norm)
     head.prepare(torch.float32)
     wide = torch.randn(6, 40, 64)
     tokens = wide[::2, 3:20, ::2]

@@ -47,10 +47,12 @@ def test_inference_form_is_the_training_form(kind, prefix, class_tokens, norm):
     assert state[:, 1].tolist() == logits.argmax(-1).tolist()
 
 
-def test_only_affine_readouts_have_a_pooled_form():
+def test_which_heads_have_an_inference_form():
     assert make("mlp").fused
     assert make("lph_light").fused
-    assert not make("lph_light", 0, 0, norm=True).fused
+    assert make("lph_light", 0, 0, norm=True).fused
+    assert make("gah_2", 0, 0, norm=True).fused
+    assert not make("mlp", 0, 0, norm=True).fused
     assert not any(make(kind).fused for kind in ("linear", "vit_ee", "conv", "attention"))
 
 
