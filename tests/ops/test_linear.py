@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lgvit_fast import _extension
-from lgvit_fast.ops.linear import CANDIDATES, PackedLinear, fastest
+from lgvit_fast.ops.linear import CANDIDATES, PackedLinear, fastest, inference_linear
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 needs_mkldnn = pytest.mark.skipif(
@@ -89,3 +89,17 @@ def test_without_the_extension_it_is_linear(monkeypatch):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         PackedLinear(**arguments)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(
+    ("dtype", "packed"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)]
+)
+def test_a_linear_layer_for_inference_is_packed_where_it_can_be(dtype, packed, activation):
+    weight, bias, x = (torch.randn(*shape).to(dtype) for shape in ((12, 8), (12,), (3, 8)))
+    layer = inference_linear(weight, bias, activation)
+    assert isinstance(layer, PackedLinear) == packed
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    expected = F.gelu(expected) if activation else expected
+    tolerance = {torch.float64: 1e-12, **TOLERANCE}[dtype]
+    torch.testing.assert_close(layer(x).double(), expected, atol=5 * tolerance, rtol=tolerance)
