@@ -9,6 +9,7 @@ the same choice); ``LGVIT_LINEAR`` overrides it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,9 +53,12 @@ def inference_linear(weight: Tensor, bias: Tensor | None, activation: str | None
     """
     if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
         return PackedLinear(weight, bias, activation)
-    if activation is None:
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: F.gelu(F.linear(x, weight, bias))
+    return partial(_plain, weight=weight, bias=bias, activation=activation)  # can be pickled
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    return out if activation is None else F.gelu(out)
 
 
 class PackedLinear(nn.Module):

@@ -60,6 +60,13 @@ def test_copies():
         assert torch.equal(twin.infer(images(7), POLICY).logits, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_with_folded_heads_is_pickled(dtype):
+    model, given = tiny_swin(exits=3).to(dtype), images(7, (48, 48)).to(dtype)
+    expected = model.infer(given, POLICY).logits
+    assert torch.equal(pickle.loads(pickle.dumps(model)).infer(given, POLICY).logits, expected)
+
+
 def test_what_a_packed_model_refuses():
     state = tiny_model(exits=[2, 3, 5]).state_dict()
     model = pack_(tiny_model(exits=[2, 3, 5]))
