@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast import _extension, ops
-from lgvit_fast.evaluation.machine import machine
+from lgvit_fast.bench.machine import machine
 from lgvit_fast.heads import ExitHead, ExitSpec
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 

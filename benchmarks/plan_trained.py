@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import lgvit_fast
-from lgvit_fast.training import Digits, InputSpec
+from lgvit_fast.data import Digits, InputSpec
 
 
 def digits(model: lgvit_fast.LGViT, split: str) -> tuple[torch.Tensor, torch.Tensor]:

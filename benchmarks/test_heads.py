@@ -7,8 +7,8 @@ A group holds one head at one batch size and dtype: its ratios are read off the 
 import pytest
 import torch
 
-from lgvit_fast.evaluation.bench_heads import HEADS, calls
-from lgvit_fast.evaluation.timing import synchronize
+from lgvit_fast.bench.heads import HEADS, calls
+from lgvit_fast.bench.timing import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

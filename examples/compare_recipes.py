@@ -25,11 +25,13 @@ import torch
 from torch.nn import functional as F
 
 import lgvit_fast
+from lgvit_fast.checkpoints.files import load_weights, save_weights
+from lgvit_fast.data import InputSpec
+from lgvit_fast.data.batches import Batches, Loader
 from lgvit_fast.evaluation import Point, candidates, curves, record, sweep
-from lgvit_fast.training import InputSpec, Stage1Config, Stage2Config, TrainConfig, train
-from lgvit_fast.training.data import Batches, Data, Loader
+from lgvit_fast.training import Stage1Config, Stage2Config, TrainConfig, train
+from lgvit_fast.training.datasets import Data
 from lgvit_fast.training.recipes import RECIPES
-from lgvit_fast.weights import load_weights, save_weights
 
 RATIOS = (1.5, 1.8, 2.2)
 KINDS = {

@@ -18,9 +18,9 @@ from lgvit_fast._version import __version__
 
 if TYPE_CHECKING:
     from lgvit_fast import ops
+    from lgvit_fast.checkpoints import load_published
     from lgvit_fast.heads import ExitSpec
     from lgvit_fast.inference import Engine, pack_, plan_exits, stream
-    from lgvit_fast.interop import load_published
     from lgvit_fast.model import LGViT, create_model
     from lgvit_fast.outputs import ExitOutputs, Inference
     from lgvit_fast.policies import (
@@ -57,7 +57,7 @@ __all__ = [
 _HOME = {
     "heads": ("ExitSpec",),
     "inference": ("Engine", "pack_", "plan_exits", "stream"),
-    "interop": ("load_published",),
+    "checkpoints": ("load_published",),
     "model": ("LGViT", "create_model"),
     "outputs": ("ExitOutputs", "Inference"),
     "policies": ("Confidence", "Entropy", "Patience", "PatientConfident", "Policy", "Replay"),

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from lgvit_fast import policies
 from lgvit_fast.backbones import adapt
+from lgvit_fast.backbones.timm_models import (
+    describe_backbone,
+    make_backbone,
+    set_layer_norm_eps,
+)
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
 from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
-from lgvit_fast.pretrained import PretrainedMixin, describe_backbone, make_backbone
 from lgvit_fast.segments import cut
 from lgvit_fast.timm_interface import BACKBONE, TimmInterface
 
+if TYPE_CHECKING:
+    from typing import Self
+
 __all__ = ["LGViT", "create_model"]
 
+FORMAT = "lgvit_fast/1"  # of `get_config`
 _HEADS = "exit_heads."
 
 
-class LGViT(PretrainedMixin, TimmInterface, nn.Module):
+class LGViT(TimmInterface, nn.Module):
     """A timm classifier whose easy images leave early.
 
     The wrapped model keeps its weights under its own names in `state_dict()`; the heads add
@@ -47,6 +58,7 @@ class LGViT(PretrainedMixin, TimmInterface, nn.Module):
         num_blocks: L.
         num_classes: K.
         class_names: what the classes are called, in their order, or None; saved with the model.
+        backbone_config: how timm makes the backbone by name, or None if that cannot be said.
 
     Raises:
         ValueError: an unsupported model, no classes, or exits and heads that do not fit it.
@@ -93,7 +105,7 @@ class LGViT(PretrainedMixin, TimmInterface, nn.Module):
         self.exit_heads.to(parameter.device, parameter.dtype)
         self._policy: Policy = Confidence()
         self._backbone_frozen = False
-        self._backbone_config = describe_backbone(timm_model)
+        self.backbone_config = describe_backbone(timm_model)
         self.register_state_dict_post_hook(_hide_backbone_prefix)
         self.register_load_state_dict_pre_hook(_show_backbone_prefix)
         self.register_load_state_dict_post_hook(_rename_incompatible)
@@ -218,6 +230,139 @@ class LGViT(PretrainedMixin, TimmInterface, nn.Module):
         if self._backbone_frozen:
             self.backbone.eval()
         return self
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything but the weights, as json types: backbone, exits, head options, policy."""
+        return {
+            "format": FORMAT,
+            "backbone": self.backbone_config,
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "exits": [dataclasses.asdict(spec) for spec in self.exits],
+            "pool": self.pool,
+            "num_heads": self.num_heads,
+            "policy": policies.to_dict(self.policy),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], backbone: nn.Module | None = None) -> Self:
+        """Make a model with fresh weights from what `get_config` gave.
+
+        Raises:
+            ValueError: another format, or the backbone cannot be made by name and none was given.
+        """
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            found = config.get("format") if isinstance(config, dict) else config
+            raise ValueError(f"the config has format {found!r}, expected {FORMAT!r}")
+        made = config["backbone"]
+        if backbone is None:
+            if made is None:
+                raise ValueError(
+                    "the backbone was not made by timm.create_model with plain arguments,"
+                    " so its config does not say how to make it again: give backbone="
+                )
+            backbone = make_backbone(made["name"], **made["args"])
+        model = cls(
+            backbone,
+            [ExitSpec(**spec) for spec in config["exits"]],
+            config["num_classes"],
+            pool=config["pool"],
+            num_heads=config["num_heads"],
+        )
+        model.backbone_config = made
+        set_layer_norm_eps(model, (made or {}).get("layer_norm_eps"))
+        model.class_names = config.get("class_names")
+        if config.get("policy"):
+            model.policy = policies.from_dict(config["policy"])
+        return model
+
+    def set_layer_norm_eps(self, eps: float) -> None:
+        """Give every LayerNorm this eps, and keep it with the model: it is no argument of timm's."""
+        set_layer_norm_eps(self, eps)
+        if self.backbone_config is not None:
+            self.backbone_config["layer_norm_eps"] = eps
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write `config.json`, `model.safetensors` and, if there is none, a model card `README.md`.
+
+        Each file appears whole or not at all.
+
+        Args:
+            folder: where to.
+            push_to_hub: also upload to the Hugging Face hub, see `push_to_hub`.
+            repo_id: name there, "user/model"; None takes the folder's name.
+            model_card_kwargs: values for the model card beyond what the model says of itself.
+            **push_to_hub_kwargs: go to `push_to_hub`.
+
+        Returns:
+            The address of the upload, if there was one.
+        """
+        from lgvit_fast.checkpoints import hub
+
+        hub.save_pretrained(self, folder, **(model_card_kwargs or {}))
+        if not push_to_hub:
+            return None
+        repo_id = repo_id or os.path.basename(os.path.abspath(folder))
+        return hub.push_to_hub(self, repo_id, folder, **push_to_hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model to the Hugging Face hub; options as of `checkpoints.hub.push_to_hub`."""
+        from lgvit_fast.checkpoints import hub
+
+        return hub.push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Make the model that `save_pretrained` wrote, in eval mode on the CPU.
+
+        Args:
+            folder: where it was written, or its name on the Hugging Face hub, "user/model".
+            backbone: a timm model of the same shape; needed only where the saved one was not made by
+                `timm.create_model` with plain arguments and so cannot be made again by name.
+            revision: on the hub: branch, tag or commit.
+            token: for a private repository on the hub.
+            cache_dir: where files from the hub are kept.
+            force_download: fetch them anew.
+            local_files_only: take them from there, without asking the hub.
+
+        Raises:
+            FileNotFoundError: no such folder, a file is missing in it, or the hub does not have it or
+                cannot be reached.
+            ValueError: another format, a damaged file, or weights that do not fit, naming the keys.
+        """
+        from lgvit_fast.checkpoints import hub
+
+        return cast(
+            "Self",
+            hub.load_pretrained(
+                cls,
+                folder,
+                backbone,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            ),
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:

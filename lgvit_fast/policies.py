@@ -7,16 +7,28 @@ an image gets the same answer alone or in any batch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
-__all__ = ["Confidence", "Entropy", "Patience", "PatientConfident", "Policy", "Replay"]
+__all__ = [
+    "POLICIES",
+    "Confidence",
+    "Entropy",
+    "Patience",
+    "PatientConfident",
+    "Policy",
+    "Replay",
+    "from_dict",
+    "to_dict",
+]
 
 
 class Policy:
@@ -166,6 +178,36 @@ class Replay(Policy):
 
     def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
         return state[:, 0] <= exit_index
+
+
+# The policies that can be saved, by the name they are saved under.
+POLICIES: dict[str, type[Policy]] = {
+    kind.__name__: kind for kind in (Confidence, Entropy, Patience, PatientConfident)
+}
+
+
+def to_dict(policy: Policy) -> dict[str, Any] | None:
+    """A policy as json types; None for one whose meaning lives in user code, and for `Replay`."""
+    if POLICIES.get(type(policy).__name__) is not type(policy):
+        return None
+    return {"name": type(policy).__name__, **dataclasses.asdict(policy)}  # type: ignore[call-overload]
+
+
+def from_dict(saved: Mapping[str, Any]) -> Policy:
+    """The policy that `to_dict` described.
+
+    Raises:
+        ValueError: an unknown name, an unknown or missing argument, or one out of range.
+    """
+    if not isinstance(saved, Mapping) or saved.get("name") not in POLICIES:
+        raise ValueError(
+            f"policy is {saved!r}, expected a name out of {', '.join(POLICIES)} with its arguments"
+        )
+    arguments = {key: value for key, value in saved.items() if key != "name"}
+    try:
+        return POLICIES[saved["name"]](**arguments)
+    except TypeError as error:
+        raise ValueError(f"policy is {saved!r}: {error}") from None
 
 
 def _at(value: float | Sequence[float], index: int) -> float:

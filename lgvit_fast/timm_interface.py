@@ -47,8 +47,8 @@ class TimmInterface:
             head.reset_classifiers(num_classes)
         model.num_classes = model.adapter.num_classes = num_classes
         model.class_names = None
-        if model._backbone_config is not None:
-            model._backbone_config["args"]["num_classes"] = num_classes
+        if model.backbone_config is not None:
+            model.backbone_config["args"]["num_classes"] = num_classes
         model.cut_segments()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -40,7 +40,7 @@ def adapt(model: nn.Module) -> Backbone:
     if library in ("transformers", "torchvision"):
         function = "from_huggingface" if library == "transformers" else "from_torchvision"
         raise ValueError(
-            f"{name} is of {library}: lgvit_fast.interop.{function}(model) converts it"
+            f"{name} is of {library}: lgvit_fast.checkpoints.{function}(model) converts it"
         )
     near = difflib.get_close_matches(name, _EXAMPLES, n=1, cutoff=0.0)[0]
     raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
-# Each is `lgvit_fast.evaluation.bench_NAME` with `configure(parser)` and `run(args) -> exit code`.
+# Each is `lgvit_fast.bench.NAME` with `configure(parser)` and `run(args) -> exit code`.
 SUITES = {
     "heads": "the fused exits beside the plain ones",
     "model": "early exit on a recorded distribution of exits, beside the dense model",
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _NOTES
     suites = parser.add_subparsers(metavar="SUITE", required=True)
     for name, summary in SUITES.items():
-        module = import_module(f"lgvit_fast.evaluation.bench_{name}")
+        module = import_module(f"lgvit_fast.bench.{name}")
         suite = suites.add_parser(
             name,
             help=summary,

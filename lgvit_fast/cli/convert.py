@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what came out."""
-    from lgvit_fast.interop import export_published
+    from lgvit_fast.checkpoints import export_published
 
     source, output = Path(args.source), Path(args.output)
     if output.resolve() in (source.resolve(), source.resolve().parent):
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> LGViT:
-    from lgvit_fast.interop import from_huggingface, from_torchvision, load_published
-    from lgvit_fast.interop.files import read
+    from lgvit_fast.checkpoints import from_huggingface, from_torchvision, load_published
+    from lgvit_fast.checkpoints.foreign import read
 
     folder = Path(args.source)
     if folder.is_dir() and _is_ours(folder):

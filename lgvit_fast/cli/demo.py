@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lgvit_fast.training import Digits, TrainResult
+    from lgvit_fast.data import Digits
+    from lgvit_fast.training import TrainResult
 
 # Digits are easy: the boldest threshold that costs no accuracy lets every image leave at the first
 # exit. A cautious one shows what the method is for, images that leave at different depths.
@@ -42,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     """Train, evaluate, and show what was gained."""
     from lgvit_fast import Confidence
     from lgvit_fast.cli.eval import show, write
+    from lgvit_fast.data import Digits, InputSpec
     from lgvit_fast.evaluation import evaluate
-    from lgvit_fast.training import Digits, InputSpec, digits_recipe, train
+    from lgvit_fast.training import digits_recipe, train
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,10 @@ from lgvit_fast.cli.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lgvit_fast.data.batches import Source
     from lgvit_fast.evaluation import Evaluation
     from lgvit_fast.model import LGViT
     from lgvit_fast.policies import Policy
-    from lgvit_fast.training.batch import Source
 
 _NOTES = """\
 One pass keeps what every exit says of every image; each policy is then replayed on that. Without
@@ -165,8 +165,8 @@ def show(evaluation: Evaluation, model: LGViT) -> None:
 
 def write(evaluation: Evaluation, model: LGViT, folder: Path, facts: dict[str, Any]) -> None:
     """Write report.json, tradeoff.png and exits.png."""
+    from lgvit_fast.checkpoints.files import save_json
     from lgvit_fast.evaluation.plots import plot_exits, plot_tradeoff
-    from lgvit_fast.weights import save_json
 
     save_json(folder / "report.json", {**facts, **evaluation.to_dict()})
     plot_tradeoff(evaluation, folder / "tradeoff.png", "Accuracy against depth")
@@ -202,9 +202,9 @@ def _open(
     """The images, and what brings their class numbers to the model's."""
     import torch
 
-    from lgvit_fast.training.batch import InputSpec
-    from lgvit_fast.training.data import ImageSource, eval_transform, open_dataset
-    from lgvit_fast.training.digits import Digits
+    from lgvit_fast.data.digits import Digits
+    from lgvit_fast.data.sources import ImageSource, open_dataset
+    from lgvit_fast.data.transforms import InputSpec, eval_transform
 
     spec = InputSpec.of(model.backbone)
     source: Source

@@ -24,8 +24,8 @@ from lgvit_fast.cli.options import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lgvit_fast.data.batches import Batch
     from lgvit_fast.model import LGViT
-    from lgvit_fast.training.batch import Batch
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _COLUMNS = (
@@ -102,8 +102,9 @@ def _rows(
     model: LGViT, paths: list[str], names: list[str], args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One row per path, in order."""
-    from lgvit_fast.training.batch import InputSpec
-    from lgvit_fast.training.data import Batches, ImageSource, Loader, eval_transform
+    from lgvit_fast.data.batches import Batches, Loader
+    from lgvit_fast.data.sources import ImageSource
+    from lgvit_fast.data.transforms import InputSpec, eval_transform
 
     if not paths:
         return
@@ -131,7 +132,7 @@ def _answer(
 
     import torch
 
-    from lgvit_fast.evaluation.timing import synchronize
+    from lgvit_fast.bench.timing import synchronize
 
     device = next(model.parameters()).device
     images = batch.images.to(device)

@@ -11,11 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lgvit_fast.checkpoints.files import write_atomic
+from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.evaluation.evaluate import Evaluation
 from lgvit_fast.evaluation.tradeoff import curves
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.batch import InputSpec
-from lgvit_fast.weights import write_atomic
 
 __all__ = ["denormalise", "plot_exits", "plot_tradeoff"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgvit_fast.data.batches import BadImage, Batch
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.batch import BadImage, Batch
 
 __all__ = ["Recording", "record"]
 

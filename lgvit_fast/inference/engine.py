@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lgvit_fast.backbones import adapt
 from lgvit_fast.heads import ExitHead
-from lgvit_fast.inference.buckets import (
+from lgvit_fast.inference.gate import cached_gate, measure_gate
+from lgvit_fast.inference.graphs import (
     BucketRunner,
     capture_eager,
     capture_graph,
     default_buckets,
 )
-from lgvit_fast.inference.gate import cached_gate, measure_gate
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.model import LGViT

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lgvit_fast.checkpoints.files import load_json, save_json
 from lgvit_fast.ops.compact import compact_
 from lgvit_fast.segments import Segment
-from lgvit_fast.weights import load_json, save_json
 
 __all__ = ["cached_gate", "gate_file", "measure_gate"]
 

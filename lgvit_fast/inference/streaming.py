@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.inference.engine import Engine
+from lgvit_fast.inference.reader import EXHAUSTED, PulledSource, ThreadedSource
 from lgvit_fast.inference.report import Report, Tally
-from lgvit_fast.inference.source import EXHAUSTED, PulledSource, ThreadedSource
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment

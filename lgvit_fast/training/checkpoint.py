@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from lgvit_fast.weights import load_weights, save_weights
+from lgvit_fast.checkpoints.files import load_weights, save_weights
 
 FORMAT = "lgvit-fast training checkpoint 1"
 _TENSOR = "__tensor__"

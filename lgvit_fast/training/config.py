@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lgvit_fast.checkpoints.files import load_json, save_json
 from lgvit_fast.training.losses import STRATEGIES, Strategy
 from lgvit_fast.training.recipes import RECIPES
-from lgvit_fast.weights import load_json, save_json
 
 Stage = Literal["1", "2", "both"]
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lgvit_fast.checkpoints.files import load_json, load_weights
 from lgvit_fast.model import LGViT
 from lgvit_fast.training.checkpoint import Checkpoint, differences
-from lgvit_fast.weights import load_json, load_weights
 
 __all__ = ["describe", "load_model", "load_stage1", "require_same"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lgvit_fast.weights import write_atomic
+from lgvit_fast.checkpoints.files import save_text
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,4 @@ class RunLog:
                 continue
             if row["update"] <= update:
                 kept.append(line + "\n")
-        write_atomic(self.path, lambda file: _write_text(file, "".join(kept)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+        save_text(self.path, "".join(kept))

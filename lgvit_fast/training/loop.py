@@ -16,15 +16,14 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
+from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Loader, Source
+from lgvit_fast.data.seeds import seed_all
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.batch import BadImage, BadImageError, Batch, Source
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 from lgvit_fast.training.config import StageConfig, TrainConfig
-from lgvit_fast.training.data import Batches, Loader
 from lgvit_fast.training.identity import describe_model
 from lgvit_fast.training.logs import RunLog
 from lgvit_fast.training.process import Process
-from lgvit_fast.training.rng import seed_all
 from lgvit_fast.training.stages import Stage1, Stage2
 from lgvit_fast.training.validation import Accuracy, take_bad, validate
 

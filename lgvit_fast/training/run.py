@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lgvit_fast.data.seeds import seed_all
+from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.model import LGViT, create_model
-from lgvit_fast.training.batch import InputSpec
 from lgvit_fast.training.config import TrainConfig
-from lgvit_fast.training.data import Data
+from lgvit_fast.training.datasets import Data
 from lgvit_fast.training.identity import load_model, load_stage1
 from lgvit_fast.training.loop import BEST, CHECKPOINT, StageResult, train_stage
 from lgvit_fast.training.process import Process
 from lgvit_fast.training.recipes import RECIPES
-from lgvit_fast.training.rng import seed_all
 
 __all__ = ["TrainResult", "train"]
 

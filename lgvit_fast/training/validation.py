@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
+from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Loader
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.batch import BadImage, BadImageError, Batch
-from lgvit_fast.training.data import Loader
 
 __all__ = ["Accuracy", "take_bad", "validate"]
 

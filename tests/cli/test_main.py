@@ -79,7 +79,7 @@ def test_a_model_on_the_hub(saved, photos, capsys, monkeypatch):
             raise OSError("no network")
         return f"{saved}/{file}"
 
-    monkeypatch.setattr("lgvit_fast.pretrained.hf_hub_download", download)
+    monkeypatch.setattr("lgvit_fast.checkpoints.hub.hf_hub_download", download)
     assert main(["predict", "hf-hub:someone/digits", str(photos / "deep")]) == 0
     assert asked[0] == ("someone/digits", "config.json")
     capsys.readouterr()

@@ -12,7 +12,7 @@ from PIL import Image
 import lgvit_fast
 from lgvit_fast import Confidence
 from lgvit_fast.cli import main
-from lgvit_fast.training import InputSpec, eval_transform
+from lgvit_fast.data import InputSpec, eval_transform
 from tests.cli.conftest import CLASSES, save_image
 from tests.helpers import tiny_model
 

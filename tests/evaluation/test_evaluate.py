@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from lgvit_fast import Confidence
+from lgvit_fast.data import Digits, InputSpec
 from lgvit_fast.evaluation import evaluate
 from lgvit_fast.evaluation.plots import denormalise, plot_exits, plot_tradeoff
 from lgvit_fast.evaluation.tradeoff import KINDS
-from lgvit_fast.training import Digits, InputSpec
 from tests.helpers import tiny_model
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lgvit_fast import Confidence, Entropy, Patience, PatientConfident, Replay
+from lgvit_fast.data.batches import BadImage, Batch
 from lgvit_fast.evaluation import Recording, candidates, choose, measure, record, replay, sweep
 from lgvit_fast.evaluation.tradeoff import KINDS, curves, describe
-from lgvit_fast.training.batch import BadImage, Batch
 from tests.helpers import images, tiny_model
 
 POLICIES = [

@@ -8,7 +8,7 @@ from torch import nn
 
 import lgvit_fast
 from lgvit_fast.inference import Engine
-from lgvit_fast.inference.buckets import default_buckets
+from lgvit_fast.inference.graphs import default_buckets
 from tests.helpers import images, tiny_model
 
 MODES = {

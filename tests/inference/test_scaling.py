@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.simulate_scaling import Outcome, simulate, split, table
-from lgvit_fast.evaluation.trace import Trace
+from lgvit_fast.bench.traces import Trace
 from lgvit_fast.inference import Costs
 
 TRACE = Trace("three", (1, 2, 3), (2, 1, 1))

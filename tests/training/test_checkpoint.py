@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lgvit_fast import weights
+from lgvit_fast.checkpoints import files
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 
 STATE = {
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         file.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         Checkpoint({"a": torch.zeros(3)}, {}).save(path)
     assert path.read_bytes() == before
@@ -91,14 +91,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 KILLED_IN_SAVE = """
 import os, signal, sys, torch
-from lgvit_fast import weights
+from lgvit_fast.checkpoints import files
 from lgvit_fast.training.checkpoint import Checkpoint
 
 def killed(tensors, file, metadata):
     file.write_bytes(b"half a file")
     os.kill(os.getpid(), signal.SIGKILL)
 
-weights.save_file = killed
+files.save_file = killed
 Checkpoint({"a": torch.zeros(3)}, {}).save(sys.argv[1])
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lgvit_fast
-from lgvit_fast.interop.names import published_names, scatter
+from lgvit_fast.checkpoints.names import published_names, scatter
 from lgvit_fast.training import Stage1Config, Stage2Config
 from lgvit_fast.training.losses import cross_entropy, distillation, stage1_loss, stage2_losses
 from lgvit_fast.training.stages import Stage1, Stage2

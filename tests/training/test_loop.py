@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 import lgvit_fast
-from lgvit_fast.training import BadImageError, Digits, InputSpec, loop, train, validate
-from lgvit_fast.training.data import Batches, Loader
+from lgvit_fast.checkpoints.files import load_weights
+from lgvit_fast.data import BadImageError, Digits, InputSpec
+from lgvit_fast.data.batches import Batches, Loader
+from lgvit_fast.training import loop, train, validate
 from lgvit_fast.training.stages import Stage2
-from lgvit_fast.weights import load_weights
 
 ONE_EPOCH = {"stage1": {"epochs": 1, "warmup_epochs": 0}, "stage2": {"epochs": 1}}
 

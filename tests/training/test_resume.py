@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lgvit_fast.checkpoints.files import load_weights
 from lgvit_fast.training import TrainConfig, loop, train
 from lgvit_fast.training.checkpoint import Checkpoint
-from lgvit_fast.weights import load_weights
 
 
 class Interrupted(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lgvit_fast.pretrained import make_backbone, set_layer_norm_eps
+from lgvit_fast.backbones.timm_models import make_backbone, set_layer_norm_eps
 
 __all__ = ["depth_of", "make_swin", "make_vit", "swin_from", "vit_from"]
 

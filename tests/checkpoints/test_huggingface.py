@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lgvit_fast
-from lgvit_fast.interop import from_huggingface
+from lgvit_fast.checkpoints import from_huggingface
 from tests.helpers import images, randomize
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lgvit_fast
-from lgvit_fast.interop import export_published
+from lgvit_fast.checkpoints import export_published
 from tests.helpers import (
     GOLDEN,
     golden,

@@ -22,11 +22,11 @@ import timm
 import torch
 
 from lgvit_fast import ops
-from lgvit_fast.evaluation.machine import machine
-from lgvit_fast.evaluation.timing import synchronize
+from lgvit_fast.bench.machine import machine
+from lgvit_fast.bench.timing import synchronize
+from lgvit_fast.checkpoints.files import save_json
 from lgvit_fast.heads import ExitHead, ExitSpec
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
-from lgvit_fast.weights import save_json
 
 __all__ = ["HEADS", "Row", "bench_heads", "calls", "configure", "markdown", "run"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from lgvit_fast.checkpoints.files import load_json
 from lgvit_fast.policies import Replay
-from lgvit_fast.weights import load_json
 
 __all__ = ["REAL_TRACE", "Trace"]
 

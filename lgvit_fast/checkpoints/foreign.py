@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgvit_fast.interop.names import Names, collect
-from lgvit_fast.pretrained import shortened
-from lgvit_fast.weights import load_json, load_weights
+from lgvit_fast.checkpoints.files import load_json, load_weights, shortened
+from lgvit_fast.checkpoints.names import Names, collect
 
 __all__ = ["Config", "Source", "load_named", "read"]
 

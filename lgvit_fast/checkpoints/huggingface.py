@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lgvit_fast.interop.backbones import swin_from, vit_from
-from lgvit_fast.interop.files import Config, Source, load_named, read
-from lgvit_fast.interop.names import huggingface_names
+from lgvit_fast.checkpoints.backbones import swin_from, vit_from
+from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read
+from lgvit_fast.checkpoints.names import huggingface_names
 from lgvit_fast.model import LGViT
 
 __all__ = ["from_huggingface"]
@@ -73,7 +73,7 @@ def from_huggingface(source: nn.Module | Source, config: Config = None, **option
     names = huggingface_names(backbone.state_dict(), root, distilled=name.startswith("cls"))
     load_named(backbone, names, tensors, _UNUSED, "the Hugging Face checkpoint")
     model = LGViT(backbone, **options)
-    model.remember_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if root == "swin" else 1e-12))
+    model.set_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if root == "swin" else 1e-12))
     if model.num_classes == num_classes:
         model.class_names = _class_names(settings.get("id2label"), num_classes)
     return model.eval()

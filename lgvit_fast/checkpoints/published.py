@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lgvit_fast.checkpoints.backbones import depth_of, swin_from, vit_from
+from lgvit_fast.checkpoints.files import save_json, save_weights
+from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read
+from lgvit_fast.checkpoints.names import published_names, scatter
 from lgvit_fast.heads.layout import ExitSpec, default_heads, default_layers
-from lgvit_fast.interop.backbones import depth_of, swin_from, vit_from
-from lgvit_fast.interop.files import Config, Source, load_named, read
-from lgvit_fast.interop.names import published_names, scatter
 from lgvit_fast.model import LGViT
-from lgvit_fast.weights import save_json, save_weights
 
 __all__ = ["export_published", "load_published"]
 
@@ -67,7 +67,7 @@ def load_published(source: Source, config: Config = None) -> LGViT:
     swin = any(re.match(r"swin\.encoder\.layers\.\d+\.highway\.", key) for key in tensors)
     if not swin and not any(key.startswith("deit.encoder.highway.") for key in tensors):
         plain = any(re.match(r"(vit|deit|swin)\.encoder\.", key) for key in tensors)
-        hint = "; it has no exits: see lgvit_fast.interop.from_huggingface" if plain else ""
+        hint = "; it has no exits: see lgvit_fast.checkpoints.from_huggingface" if plain else ""
         raise ValueError(
             "no key starts with 'deit.encoder.highway.' or 'swin.encoder.layers.N.highway.': no"
             f" published LGViT; it starts with {sorted(tensors)[:3]}{hint}"
@@ -88,7 +88,7 @@ def load_published(source: Source, config: Config = None) -> LGViT:
         own = specs[0].family in ("attention", "vit_ee")  # they take the backbone's number
         num_heads = backbone.blocks[0].attn.num_heads if own else 8  # type: ignore[index, union-attr]
     model = LGViT(backbone, specs, num_heads=num_heads)
-    model.remember_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if swin else 1e-12))
+    model.set_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if swin else 1e-12))
     load_named(model, published_names(model), tensors, _UNUSED, "the published checkpoint")
     return model.eval()
 

@@ -1,6 +1,6 @@
 import torch
 
-from lgvit_fast.evaluation.bench_heads import HEADS, bench_heads, markdown
+from lgvit_fast.bench.heads import HEADS, bench_heads, markdown
 
 
 def test_every_head_is_measured_and_right():

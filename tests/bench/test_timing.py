@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lgvit_fast import Replay
-from lgvit_fast.evaluation import Spread, compare
+from lgvit_fast.bench.timing import Spread, compare
 from tests.helpers import images, tiny_model
 
 

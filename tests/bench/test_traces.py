@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lgvit_fast.evaluation.trace import REAL_TRACE, Trace
+from lgvit_fast.bench.traces import REAL_TRACE, Trace
 
 SHIPPED = Path(__file__).parents[2] / "benchmarks/traces/cifar100_vit_base_confidence_0.8.json"
 

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["load_json", "load_weights", "save_json", "save_weights", "write_atomic"]
+__all__ = [
+    "load_json",
+    "load_strictly",
+    "load_weights",
+    "save_json",
+    "save_text",
+    "save_weights",
+    "shortened",
+    "write_atomic",
+]
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -70,7 +79,12 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def save_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a json file, atomically."""
-    write_atomic(path, lambda file: _write_text(file, json.dumps(value, indent=2) + "\n"))
+    save_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, atomically."""
+    write_atomic(path, lambda file: _write_text(file, text))
 
 
 def load_json(path: str | os.PathLike[str]) -> Any:
@@ -86,5 +100,38 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is not json: {error}") from error
 
 
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        ValueError: naming the keys that are missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    problems = []
+    for title, keys in (
+        ("missing", [k for k in own if k not in tensors]),
+        ("unknown", [k for k in tensors if k not in own]),
+        (
+            "of another shape",
+            [
+                f"{k} {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
+                for k in own
+                if k in tensors and tensors[k].shape != own[k].shape
+            ],
+        ),
+    ):
+        if keys:
+            problems.append(f"{title}: {shortened(keys)}")
+    if problems:
+        raise ValueError(f"{source} does not fit the model; {'; '.join(problems)}")
+    model.load_state_dict(dict(tensors))
+
+
+def shortened(keys: Sequence[str], limit: int = 6) -> str:
+    """The first few of many names, and how many more there are."""
+    rest = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + rest
+
+
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")

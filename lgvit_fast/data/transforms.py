@@ -1,46 +1,14 @@
-"""What flows from data to training: keys, batches, unreadable files, and what a model wants to see."""
+"""How a model wants its images: channels, size, normalisation, and the transform to that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import timm.data
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["BadImage", "BadImageError", "Batch", "InputSpec", "Key", "Source"]
-
-Key = tuple[int, int]
-
-
-class BadImage(NamedTuple):
-    """A file that could not be read, and why."""
-
-    name: str
-    reason: str
-
-
-class Batch(NamedTuple):
-    """Images `[b, C, H, W]` float32, classes `[b]` int64, and what could not be read."""
-
-    images: Tensor
-    targets: Tensor
-    bad: list[BadImage]
-
-
-class BadImageError(ValueError):
-    """Training met a file that is not a readable image."""
-
-
-class Source(Protocol):
-    """Labelled images by key."""
-
-    class_names: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch: ...
+__all__ = ["InputSpec", "eval_transform"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +43,15 @@ class InputSpec:
             # a crop margin costs detail that a small image does not have
             crop_pct=config["crop_pct"] if min(size) > 64 else 1.0,
         )
+
+
+def eval_transform(spec: InputSpec) -> Any:
+    """The evaluation transform, timm's: PIL image to normalised tensor `[C, H, W]`."""
+    return timm.data.create_transform(
+        (spec.channels, *spec.size),
+        is_training=False,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        crop_pct=spec.crop_pct,
+    )

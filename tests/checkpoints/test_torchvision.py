@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lgvit_fast
-from lgvit_fast.interop import from_torchvision
+from lgvit_fast.checkpoints import from_torchvision
 from tests.helpers import images, randomize
 
 models = pytest.importorskip("torchvision.models")

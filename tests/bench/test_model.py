@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lgvit_fast
-from lgvit_fast.evaluation import bench_model as bench
-from lgvit_fast.evaluation.published_scheme import PublishedScheme
+from lgvit_fast.bench import model as bench
+from lgvit_fast.bench.published_scheme import PublishedScheme
 from tests.helpers import images, tiny_model
 
 

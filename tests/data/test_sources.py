@@ -9,10 +9,12 @@ import timm
 import torch
 from PIL import Image
 
-from lgvit_fast.training.batch import InputSpec
+from lgvit_fast.data.batches import Batches, Loader
+from lgvit_fast.data.digits import Digits
+from lgvit_fast.data.sources import open_dataset
+from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.training.config import TrainConfig
-from lgvit_fast.training.data import Batches, Data, Loader, open_dataset
-from lgvit_fast.training.digits import Digits
+from lgvit_fast.training.datasets import Data
 
 SPEC = InputSpec(3, (16, 16), (0.5,) * 3, (0.25,) * 3)
 CLASSES = ("cat", "dog", "owl")

@@ -8,7 +8,8 @@ import timm
 import torch
 
 import lgvit_fast
-from lgvit_fast import pretrained
+from lgvit_fast.backbones.timm_models import describe_backbone
+from lgvit_fast.checkpoints import hub as hub_module
 from tests.helpers import images, tiny_model
 
 
@@ -32,7 +33,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    monkeypatch.setattr(hub_module, "hf_hub_download", download)
     return folder
 
 
@@ -103,7 +104,7 @@ def test_a_model_of_a_timm_that_does_not_note_its_arguments(options, known):
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=7, **options).eval()
     if hasattr(backbone, "_model_args"):
         del backbone._model_args
-    described = pretrained.describe_backbone(backbone)
+    described = describe_backbone(backbone)
     assert (described is not None) == known
     if described is not None:
         assert described["args"].keys() == {"num_classes", *options}

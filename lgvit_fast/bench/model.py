@@ -26,15 +26,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lgvit_fast.evaluation.machine import machine
-from lgvit_fast.evaluation.published_scheme import PublishedScheme
-from lgvit_fast.evaluation.timing import synchronize
-from lgvit_fast.evaluation.trace import REAL_TRACE, Trace
+from lgvit_fast.bench.machine import machine
+from lgvit_fast.bench.published_scheme import PublishedScheme
+from lgvit_fast.bench.timing import synchronize
+from lgvit_fast.bench.traces import REAL_TRACE, Trace
+from lgvit_fast.checkpoints.files import save_json, write_atomic
 from lgvit_fast.inference import Engine, Plan, plan_exits, stream
 from lgvit_fast.inference.prepared import prepared_twin
 from lgvit_fast.model import LGViT, create_model
 from lgvit_fast.policies import Replay
-from lgvit_fast.weights import save_json, write_atomic
 
 __all__ = ["Row", "Way", "bench_model", "configure", "markdown", "plot", "run", "ways"]
 

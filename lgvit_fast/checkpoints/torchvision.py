@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lgvit_fast.interop.backbones import depth_of, make_swin, make_vit
-from lgvit_fast.interop.files import Source, load_named, read
-from lgvit_fast.interop.names import torchvision_names
+from lgvit_fast.checkpoints.backbones import depth_of, make_swin, make_vit
+from lgvit_fast.checkpoints.foreign import Source, load_named, read
+from lgvit_fast.checkpoints.names import torchvision_names
 from lgvit_fast.model import LGViT
 
 __all__ = ["from_torchvision"]

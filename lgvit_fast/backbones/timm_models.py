@@ -1,0 +1,77 @@
+"""Making timm models by name, and saying how one was made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+__all__ = ["describe_backbone", "make_backbone", "set_layer_norm_eps"]
+
+
+def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A timm model that knows how it was made, whatever timm's version."""
+    backbone = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if not hasattr(backbone, "_model_args"):  # older timm does not note it
+        backbone._model_args = dict(kwargs)  # type: ignore[assignment]
+    return backbone
+
+
+def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
+    """How to make this timm model again by name, or None if that cannot be said with json types."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if not name or not timm.is_model(name):
+        return None
+    recorded = getattr(model, "_model_args", None)
+    given = _size_of(model) if recorded is None else recorded  # timm notes them since 1.0.31
+    unwanted = ("pretrained", "num_classes", "cache_dir", "pretrained_cfg_overlay")
+    args = {key: value for key, value in given.items() if key not in unwanted}
+    args["num_classes"] = model.num_classes
+    try:
+        args = json.loads(json.dumps(args))
+        again = _without_storage(name, args)
+    except (TypeError, RuntimeError):
+        return None
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if shapes != {key: value.shape for key, value in again.state_dict().items()}:
+        return None  # changed after it was made, by set_input_size for one
+    if recorded is None and _settings(model) != _settings(again):
+        return None
+    return {"name": name, "args": args}
+
+
+def _size_of(model: nn.Module) -> dict[str, Any]:
+    """The argument that most often differs from a model's defaults."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    default = tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+    return {} if size is None or tuple(size) == default else {"img_size": list(size)}
+
+
+def _settings(model: nn.Module) -> list[tuple[str, type, dict[str, Any]]]:
+    """What modules are and hold besides tensors: activations, rates, how features are pooled."""
+    plain = (bool, int, float, str, tuple, type(None))
+
+    def of(module: nn.Module) -> dict[str, Any]:
+        held = {key: value for key, value in vars(module).items() if isinstance(value, plain)}
+        return {**held, "training": None}
+
+    return [(name, type(module), of(module)) for name, module in model.named_modules()]
+
+
+def _without_storage(name: str, args: dict[str, Any]) -> nn.Module:
+    """A timm model for its shapes' sake; with storage where an older timm cannot do without."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **args)
+    except RuntimeError:
+        return timm.create_model(name, **args)
+
+
+def set_layer_norm_eps(model: nn.Module, eps: float | None) -> None:
+    """Give every LayerNorm of a model this eps; None leaves them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and eps is not None:
+            module.eps = eps

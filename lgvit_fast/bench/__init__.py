@@ -1,0 +1,1 @@
+"""Benchmarks: heads and whole models against what would be run instead, on this machine."""

@@ -1,0 +1,7 @@
+"""Checkpoints and models from elsewhere, and the way back."""
+
+from lgvit_fast.checkpoints.huggingface import from_huggingface
+from lgvit_fast.checkpoints.published import export_published, load_published
+from lgvit_fast.checkpoints.torchvision import from_torchvision
+
+__all__ = ["export_published", "from_huggingface", "from_torchvision", "load_published"]

@@ -1,0 +1,120 @@
+"""Where images come from: any map-style timm dataset, decoded and transformed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lgvit_fast.data.batches import BadImage, Batch, Key
+from lgvit_fast.data.seeds import seeded
+
+__all__ = ["ImageSource", "class_names", "open_dataset"]
+
+
+class ImageSource:
+    """Images of a map-style dataset, decoded and transformed.
+
+    Args:
+        dataset: a timm `ImageDataset`, or a torchvision-like one of (image, class) items.
+        transform: PIL image to tensor `[C, H, W]`.
+        mode: PIL mode to convert to, `RGB` or `L`.
+        seed: of the transform's randomness.
+        positions: which items of the dataset, in order; None: all.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Callable[[Image.Image], Tensor],
+        mode: str = "RGB",
+        seed: int = 0,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.mode = mode
+        self.seed = seed
+        self.positions = range(len(dataset)) if positions is None else positions
+        self.class_names = class_names(dataset)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        images, targets, bad = [], [], []
+        for epoch, position in keys:
+            index = self.positions[position]
+            with seeded(self.seed, "sample", epoch, position):
+                try:
+                    image, target = self._read(index)
+                    images.append(self.transform(image))
+                    targets.append(int(target))
+                # PIL reports bad files as OSError, SyntaxError (PNG) or ValueError
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    bad.append(BadImage(self.name(index), f"{type(error).__name__}: {error}"))
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return Batch(stacked, torch.tensor(targets, dtype=torch.long), bad)
+
+    def name(self, index: int) -> str:
+        """The file behind an item, or its index where the dataset has no files."""
+        if isinstance(self.dataset, timm.data.ImageDataset):
+            return str(self.dataset.filename(index, absolute=True))
+        samples = getattr(self.dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"item {index}"
+
+    def _read(self, index: int) -> tuple[Image.Image, Any]:
+        if isinstance(self.dataset, timm.data.ImageDataset):
+            # timm's own __getitem__ would quietly put the next file in a bad one's place
+            file, target = self.dataset.reader[index]
+            with file:
+                return Image.open(file).convert(self.mode), target
+        image, target = self.dataset[index]
+        return image.convert(self.mode), target
+
+
+def open_dataset(data: str, dataset: str = "", split: str = "train", download: bool = False) -> Any:
+    """A timm dataset of PIL images: class folders or a tar of them, `torch/...`, `hfds/...`.
+
+    Raises:
+        FileNotFoundError: if the folder, tar or named dataset is not there.
+        ImportError: if `hfds/` is asked for and the `datasets` package is not installed.
+        ValueError: if there are no images, or the dataset can only be streamed.
+    """
+    if not dataset:
+        path = Path(data)
+        if not path.exists():
+            raise FileNotFoundError(f"data is {data!r}, which does not exist")
+        if path.is_file() and path.suffix != ".tar":
+            raise ValueError(f"data is the file {data!r}, expected a folder or a .tar")
+    elif dataset.partition("/")[0].lower() in ("hfids", "tfds", "wds"):
+        raise ValueError(f"dataset is {dataset!r}, a stream; its order cannot be resumed exactly")
+    try:
+        opened = timm.data.create_dataset(dataset, root=data, split=split, download=download)
+    except ImportError as error:
+        raise ImportError(f"{dataset!r} needs a package that is not installed: {error}") from error
+    except (RuntimeError, AssertionError, OSError) as error:
+        if not dataset:
+            raise ValueError(f"no images in class folders in {data!r}: {error}") from error
+        hint = "" if download else " (download=True fetches what can be fetched)"
+        raise FileNotFoundError(
+            f"cannot open {dataset!r}, split {split!r}, in {data!r}{hint}: {error}"
+        ) from error
+    if len(opened) == 0:
+        raise ValueError(f"no images in {data!r}")
+    return opened
+
+
+def class_names(dataset: Any) -> list[str]:
+    """Names of the classes in the order of their numbers; empty where the dataset has none."""
+    reader = getattr(dataset, "reader", dataset)
+    # timm's tar reader has a name of its own for it
+    mapping = (
+        getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+    )
+    return [str(name) for name in sorted(mapping, key=mapping.__getitem__)]

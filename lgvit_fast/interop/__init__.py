@@ -1,7 +1,0 @@
-"""Checkpoints and models from elsewhere, and the way back."""
-
-from lgvit_fast.interop.huggingface import from_huggingface
-from lgvit_fast.interop.published import export_published, load_published
-from lgvit_fast.interop.torchvision import from_torchvision
-
-__all__ = ["export_published", "from_huggingface", "from_torchvision", "load_published"]
