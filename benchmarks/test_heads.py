@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lgvit_fast.bench.heads import HEADS, calls
-from lgvit_fast.bench.timing import synchronize
+from lgvit_fast.clock import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import timm
@@ -20,10 +20,9 @@ from lgvit_fast.backbones.timm_models import (
     set_layer_norm_eps,
 )
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
-from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
-from lgvit_fast.segments import cut
+from lgvit_fast.segments import cut, run_segments
 from lgvit_fast.timm_interface import BACKBONE, TimmInterface
 
 if TYPE_CHECKING:
@@ -141,30 +140,21 @@ class LGViT(TimmInterface, nn.Module):
         """
         self.adapter.check_images(images)
         size = (images.shape[2], images.shape[3])
-        logits, kept = [], []
-        start = 0
-        with torch.no_grad() if self._backbone_frozen else nullcontext():
-            tokens = self.adapter.embed(images)
-        for spec, head in zip(self.exits, self.exit_heads, strict=True):
-            grid = self.adapter.patch_grid(size, spec.layer)
-            with torch.no_grad() if self._backbone_frozen else nullcontext():
-                tokens = self.adapter.blocks(tokens, start, spec.layer, grid)
-            opinion, feature = head(self.adapter.to_tokens(tokens), grid)
-            logits.append(opinion)
-            if features:
-                kept.append(feature)
-            start = spec.layer
-        grid = self.adapter.patch_grid(size, self.num_blocks)
-        with torch.no_grad() if self._backbone_frozen else nullcontext():
-            tokens = self.adapter.blocks(tokens, start, self.num_blocks, grid)
-            final = self.adapter.classify(tokens)
+        outputs: list[tuple[Tensor, Tensor | None]] = []
+        tokens = images
+        for segment in self.segments:
+            with self._backbone_grad():
+                tokens = segment.blocks(tokens, size)
+            with self._backbone_grad() if segment.is_last else nullcontext():
+                outputs.append(segment.logits(tokens, size))
+        *exits, (final, _) = outputs
         patches = self.adapter.to_tokens(tokens)[:, self.adapter.num_prefix_tokens :]
         return ExitOutputs(
-            exits=tuple(logits),
+            exits=tuple(logits for logits, _ in exits),
             final=final,
-            features=tuple(kept) if features else None,
+            features=tuple(cast(Tensor, feature) for _, feature in exits) if features else None,
             last_tokens=patches if features else None,
-            patch_grid=grid,
+            patch_grid=self.adapter.patch_grid(size, self.num_blocks),
         )
 
     @torch.no_grad()
@@ -183,26 +173,9 @@ class LGViT(TimmInterface, nn.Module):
                 policy for another number of exits.
         """
         policy = self.admit(images, policy)
-        batch, size = len(images), (images.shape[2], images.shape[3])
-        answer = Inference.blank(batch, self.num_classes, self.compute_dtype, images.device)
-        if not batch:
-            return answer
+        answer = Inference.blank(len(images), self.num_classes, self.compute_dtype, images.device)
         self.prepare()
-
-        tokens = self.adapter.embed(images)
-        alive = torch.arange(batch, device=images.device)
-        state = policy.start(batch, images.device)
-        for segment in self.segments:
-            grid = self.adapter.patch_grid(size, segment.stop)
-            tokens, step = segment(tokens, state, grid, segment.rule(policy))
-            answer.record(alive, segment.index, segment.stop, step)
-            if segment.is_last:
-                break
-            keep = ~policy.decide(step.leave, state, segment.index)
-            count = compact_(tokens, keep, alive, state)
-            if not count:
-                break
-            tokens, alive, state = tokens[:count], alive[:count], state[:count]
+        run_segments(self.segments, images, policy, answer)
         return answer
 
     def admit(self, images: Tensor, policy: Policy | None = None) -> Policy:
@@ -371,6 +344,10 @@ class LGViT(TimmInterface, nn.Module):
         if torch.is_autocast_enabled(parameter.device.type):
             return torch.get_autocast_dtype(parameter.device.type)
         return parameter.dtype
+
+    def _backbone_grad(self) -> AbstractContextManager[object]:
+        """No gradients for a frozen backbone: its activations need not be kept."""
+        return torch.no_grad() if self._backbone_frozen else nullcontext()
 
     @property
     def _heads(self) -> list[ExitHead]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
 __all__ = [
+    "NEVER",
     "POLICIES",
     "Confidence",
     "Entropy",
@@ -54,6 +55,9 @@ class Policy:
     def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
         """Who leaves, `[B]` bool, given what the rule said; by default just that."""
         return leave
+
+
+NEVER = Policy()  # no image leaves before the final classifier
 
 
 @dataclass(frozen=True)

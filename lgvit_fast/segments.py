@@ -1,26 +1,66 @@
-"""The model cut at its exits: some blocks, then the exit behind them."""
+"""The model cut at its exits, and the one loop that takes a batch through them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lgvit_fast.backbones import Backbone
 from lgvit_fast.heads import ExitHead
-from lgvit_fast.ops.exit_step import ExitRule, ExitStep, RuleKind
-from lgvit_fast.policies import Policy
+from lgvit_fast.ops.compact import compact_
+from lgvit_fast.ops.exit_step import ExitStep
+from lgvit_fast.outputs import Inference
+from lgvit_fast.policies import NEVER, Policy
 
-__all__ = ["Segment", "cut"]
+__all__ = ["Observer", "Segment", "cut", "run_segments"]
 
-_NEVER = ExitRule(RuleKind.NEVER)
+# Called after each part of a segment ("embed", "blocks", "exit") with the segment and its rows.
+Observer = Callable[[str, "Segment", int], None]
+
+
+def _ignore(part: str, segment: Segment, rows: int) -> None:
+    pass
+
+
+def run_segments(
+    segments: Sequence[Segment],
+    images: Tensor,
+    policy: Policy,
+    answer: Inference,
+    observe: Observer = _ignore,
+) -> None:
+    """Answer a batch: every segment on the images that are left, which are compacted in between.
+
+    Args:
+        segments: shallow to deep, their heads prepared.
+        images: `[B, channels, height, width]`; not changed.
+        policy: who leaves where.
+        answer: filled in; B rows, made by `Inference.blank`.
+        observe: called after each part of a segment, for counts and timings.
+    """
+    if not len(images):
+        return
+    image_size = (images.shape[2], images.shape[3])
+    tokens, rows = images, torch.arange(len(images), device=images.device)
+    state = policy.start(len(images), images.device)
+    for segment in segments:
+        tokens = segment.blocks(tokens, image_size, observe)
+        step = segment.exit(tokens, state, image_size, policy)
+        answer.record(rows, segment.index, segment.stop, step)
+        count = 0 if segment.is_last else compact_(tokens, ~step.leave, rows, state)
+        observe("exit", segment, len(rows))
+        if not count:
+            return
+        tokens, rows, state = tokens[:count], rows[:count], state[:count]
 
 
 class Segment(nn.Module):
-    """Blocks `start + 1` to `stop` and what follows: an exit head, or the model's own classifier.
+    """Blocks `start + 1` to `stop` and the exit behind them: a head, or the model's own classifier.
 
-    Callable, compilable and exportable on its own; shares its weights with the model.
+    The first segment begins with the embedding. Callable, compilable and exportable on its own; shares
+    its weights with the model.
 
     Args:
         adapter: the backbone.
@@ -39,47 +79,67 @@ class Segment(nn.Module):
         self.head = head
 
     @property
+    def is_first(self) -> bool:
+        """Whether it begins with the embedding."""
+        return self.start == 0
+
+    @property
     def is_last(self) -> bool:
-        """Whether it ends with the model's own classifier, where nobody goes on."""
+        """Whether it ends with the model's own classifier, after which no image goes on."""
         return self.head is None
 
-    def rule(self, policy: Policy) -> ExitRule:
-        """The rule a policy has for this segment's exit; the final classifier asks none."""
-        return _NEVER if self.head is None else policy.rule(self.index)
-
     def forward(
-        self,
-        tokens: Tensor,
-        state: Tensor,
-        patch_grid: tuple[int, int],
-        rule: ExitRule = _NEVER,
+        self, tokens: Tensor, state: Tensor, image_size: tuple[int, int], policy: Policy = NEVER
     ) -> tuple[Tensor, ExitStep]:
-        """Tokens `[B, ...]` after block `start` to those after `stop`, and the exit's word.
+        """Tokens after block `start` to those after block `stop`, the exit's logits and who leaves.
 
         A head must have been prepared since its parameters last changed (`LGViT.prepare`).
 
         Args:
-            tokens: in the backbone's own layout (`Backbone.to_tokens`); not changed.
-            state: `[B, 2]` int32 policy state, updated in place.
-            patch_grid: `(H, W)` after block `stop`.
-            rule: who leaves here; see `rule`.
+            tokens: `[B, ...]` in the backbone's own layout (`Backbone.to_tokens`), images
+                `[B, channels, height, width]` for the first segment; not changed.
+            state: `[B, ...]` policy state (`Policy.start`), updated in place.
+            image_size: `(height, width)` of the images, in pixels.
+            policy: its rule decides who leaves; by default nobody does.
+
+        Returns:
+            The tokens `[B, ...]`, and an `ExitStep` whose `leave` is the policy's decision.
         """
-        tokens = self.blocks(tokens, patch_grid)
-        return tokens, self.ask(tokens, state, patch_grid, rule)
+        tokens = self.blocks(tokens, image_size)
+        return tokens, self.exit(tokens, state, image_size, policy)
 
-    def blocks(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
-        """The first half of `forward`: only the blocks."""
-        return self.adapter.blocks(tokens, self.start, self.stop, patch_grid)
+    def blocks(
+        self, tokens: Tensor, image_size: tuple[int, int], observe: Observer = _ignore
+    ) -> Tensor:
+        """The first half of `forward`: the embedding, if it is the first segment, and the blocks."""
+        if self.is_first:
+            tokens = self.adapter.embed(tokens)
+            observe("embed", self, tokens.shape[0])
+        grid = self.adapter.patch_grid(image_size, self.stop)
+        tokens = self.adapter.blocks(tokens, self.start, self.stop, grid)
+        observe("blocks", self, tokens.shape[0])
+        return tokens
 
-    def ask(
-        self, tokens: Tensor, state: Tensor, patch_grid: tuple[int, int], rule: ExitRule = _NEVER
+    def exit(
+        self, tokens: Tensor, state: Tensor, image_size: tuple[int, int], policy: Policy = NEVER
     ) -> ExitStep:
-        """The second half of `forward`: only the exit."""
-        if self.head is not None:
-            return self.head.step(self.adapter.to_tokens(tokens), patch_grid, rule, state)
-        logits = self.adapter.classify(tokens)
-        valid = ~logits.logsumexp(-1).isnan()
-        return ExitStep(logits, torch.ones_like(valid), valid)
+        """The second half of `forward`: the head, the rule and the policy's decision."""
+        if self.head is None:
+            logits = self.adapter.classify(tokens)
+            valid = ~logits.logsumexp(-1).isnan()
+            return ExitStep(logits, torch.ones_like(valid), valid)
+        grid = self.adapter.patch_grid(image_size, self.stop)
+        rule = policy.rule(self.index)
+        step = self.head.step(self.adapter.to_tokens(tokens), grid, rule, state)
+        return step._replace(leave=policy.decide(step.leave, state, self.index))
+
+    def logits(self, tokens: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """The exit in training form: logits `[B, K]` and the head's feature `[B, n, C]`, or None."""
+        if self.head is None:
+            return self.adapter.classify(tokens), None
+        grid = self.adapter.patch_grid(image_size, self.stop)
+        logits, feature = self.head(self.adapter.to_tokens(tokens), grid)
+        return logits, feature
 
 
 def cut(

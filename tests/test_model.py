@@ -419,13 +419,12 @@ class TestCompile:
     def test_heads_and_decision_do_not_break_the_graph(self):
         model = tiny_model()
         model.prepare()
-        tokens = model.adapter.embed(images(3)).detach()
+        tokens, policy = images(3), Confidence(0.35)
         for segment in model.segments:
-            state = Confidence().start(3, tokens.device)
-            rule = segment.rule(Confidence(0.35))
+            state = policy.start(3, tokens.device)
             compiled = torch.compile(segment, backend="aot_eager", fullgraph=True)
             with torch.no_grad():
-                after, step = compiled(tokens, state, (4, 4), rule)
-                _, expected = segment(tokens, state.clone(), (4, 4), rule)
+                after, step = compiled(tokens, state, (32, 32), policy)
+                _, expected = segment(tokens, state.clone(), (32, 32), policy)
             torch.testing.assert_close(step.logits, expected.logits, atol=1e-4, rtol=1e-4)
             tokens = after

@@ -15,10 +15,10 @@ def model():
 
 def run(model, batch):
     """Every segment by hand, nobody leaving: the inputs of each segment and its logits."""
-    tokens, state = model.adapter.embed(batch), torch.zeros(len(batch), 2, dtype=torch.int32)
+    tokens, state = batch, torch.zeros(len(batch), 2, dtype=torch.int32)
     for segment in model.segments:
         given = tokens
-        tokens, step = segment(given, state, (4, 4))
+        tokens, step = segment(given, state, (32, 32))
         yield segment, given, tokens, step
 
 
@@ -52,7 +52,7 @@ def test_segments_of_a_copy_belong_to_the_copy(model):
 def test_each_segment_compiles_whole(model):
     for segment, given, tokens, step in run(model, images(3)):
         compiled = torch.compile(segment, backend="eager", fullgraph=True)
-        got_tokens, got = compiled(given, torch.zeros(3, 2, dtype=torch.int32), (4, 4))
+        got_tokens, got = compiled(given, torch.zeros(3, 2, dtype=torch.int32), (32, 32))
         torch.testing.assert_close(got_tokens, tokens)
         torch.testing.assert_close(got.logits, step.logits)
 
@@ -64,11 +64,11 @@ def test_each_segment_exports_for_any_batch_with_its_own_weights_only(model):
     for segment, given, tokens, step in run(model, images(3)):
         program = torch.export.export(
             segment,
-            (given, torch.zeros(3, 2, dtype=torch.int32), (4, 4)),
+            (given, torch.zeros(3, 2, dtype=torch.int32), (32, 32)),
             dynamic_shapes=({0: dim}, {0: dim}, (None, None)),
         )
         assert len(program.state_dict) <= len(segment.state_dict())
         state = torch.zeros(6, 2, dtype=torch.int32)
-        got_tokens, got = program.module()(torch.cat((given, given)), state, (4, 4))
+        got_tokens, got = program.module()(torch.cat((given, given)), state, (32, 32))
         torch.testing.assert_close(got_tokens[:3], tokens, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got.logits[3:], step.logits, atol=1e-5, rtol=1e-5)

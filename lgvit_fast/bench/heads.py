@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch
 
 from lgvit_fast import ops
 from lgvit_fast.bench.machine import machine
-from lgvit_fast.bench.timing import synchronize
 from lgvit_fast.checkpoints.files import save_json
+from lgvit_fast.clock import take_turns
 from lgvit_fast.heads import ExitHead, ExitSpec
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
@@ -108,17 +107,20 @@ def bench_heads(
         work = calls(head, batch_size, dtype, device)
         expected = work.pop("float64")()
         difference = (work["fused"]().double() - expected).abs().max() / expected.abs().max()
-        first, times = _take_turns(work, device, rounds)
-        ratios = times["plain"] / times["fused"]
+        times = take_turns(work, device, rounds, repeats=2)
+        first, second = (
+            {name: 1000 * taken[:, place] for name, taken in times.items()} for place in (0, 1)
+        )
+        ratios = second["plain"] / second["fused"]
         low, ratio, high = np.percentile(ratios, (25, 50, 75)).tolist()
         rows.append(
             Row(
                 head=head,
                 batch_size=batch_size,
                 dtype=str(dtype).removeprefix("torch."),
-                plain_ms=float(np.median(times["plain"])),
-                torch_ms=float(np.median(times["torch"])),
-                fused_ms=float(np.median(times["fused"])),
+                plain_ms=float(np.median(second["plain"])),
+                torch_ms=float(np.median(second["torch"])),
+                fused_ms=float(np.median(second["fused"])),
                 ratio=ratio,
                 spread=(low, high),
                 first_ratio=float(np.median(first["plain"] / first["fused"])),
@@ -134,8 +136,8 @@ def dense_ms(batch_size: int, dtype: torch.dtype, device: torch.device, rounds: 
     model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES)
     model = model.to(device, dtype).eval()
     images = torch.randn(batch_size, 3, 224, 224, device=device, dtype=dtype)
-    _, times = _take_turns({"": lambda: model(images)}, device, rounds)
-    return float(np.median(times[""]))
+    times = take_turns({"dense": lambda: model(images)}, device, rounds)
+    return 1000 * float(np.median(times["dense"]))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -204,26 +206,3 @@ def run(args: argparse.Namespace) -> int:
             },
         )
     return 0
-
-
-def _take_turns(
-    work: dict[str, Callable[[], Any]], device: torch.device, rounds: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Milliseconds of the first and the second call of each turn, after two rounds to warm up."""
-    first: dict[str, list[float]] = {name: [] for name in work}
-    second: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(-2, rounds):
-        order = list(work.items())
-        for name, call in order if turn % 2 else reversed(order):
-            for times in (first, second):
-                synchronize(device)
-                start = time.perf_counter()
-                call()
-                synchronize(device)
-                if turn >= 0:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return _arrays(first), _arrays(second)
-
-
-def _arrays(times: dict[str, list[float]]) -> dict[str, np.ndarray]:
-    return {name: np.array(values) for name, values in times.items()}

@@ -12,7 +12,6 @@ import copy
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from lgvit_fast.bench.machine import machine
 from lgvit_fast.bench.published_scheme import PublishedScheme
-from lgvit_fast.bench.timing import synchronize
 from lgvit_fast.bench.traces import REAL_TRACE, Trace
 from lgvit_fast.checkpoints.files import save_json, write_atomic
+from lgvit_fast.clock import seconds as seconds_of
 from lgvit_fast.inference import Engine, Plan, plan_exits, stream
 from lgvit_fast.inference.prepared import prepared_twin
 from lgvit_fast.model import LGViT, create_model
@@ -165,7 +164,7 @@ def bench_model(
         for turn in range(len(passes[0])):
             for place in range(len(chosen)):
                 place = (place + turn) % len(chosen)  # not always after the same way
-                times[place].append(_clock(passes[place][turn], device))
+                times[place].append(seconds_of(passes[place][turn], device))
         for way, own in zip(chosen, times, strict=True):
             seconds[way.name].append(sum(own))
             latencies[way.name] += own
@@ -369,14 +368,6 @@ def _layer_ratio(model: LGViT, policy: Replay) -> float:
     layers = [*(spec.layer for spec in model.exits), model.num_blocks]
     left = [layers[min(i, len(layers) - 1)] for i in policy.exit_index.tolist()]
     return model.num_blocks * len(left) / sum(left)
-
-
-def _clock(work: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def _peak_mib(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:

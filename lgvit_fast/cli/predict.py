@@ -132,7 +132,7 @@ def _answer(
 
     import torch
 
-    from lgvit_fast.bench.timing import synchronize
+    from lgvit_fast.clock import synchronize
 
     device = next(model.parameters()).device
     images = batch.images.to(device)

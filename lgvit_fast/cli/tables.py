@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lgvit_fast.bench.timing import Timing
 from lgvit_fast.evaluation import Evaluation
+from lgvit_fast.evaluation.timing import Timing
 from lgvit_fast.evaluation.tradeoff import curves
 from lgvit_fast.model import LGViT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -12,9 +13,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from lgvit_fast.backbones import adapt
+from lgvit_fast.backbones import Backbone, adapt
 from lgvit_fast.heads import ExitHead
-from lgvit_fast.inference.gate import cached_gate, measure_gate
 from lgvit_fast.inference.graphs import (
     BucketRunner,
     capture_eager,
@@ -24,11 +24,10 @@ from lgvit_fast.inference.graphs import (
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.model import LGViT
-from lgvit_fast.ops.compact import compact_
 from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy, Replay
-from lgvit_fast.segments import Segment, cut
+from lgvit_fast.segments import Segment, cut, run_segments
 from lgvit_fast.watch import Watch
 
 __all__ = ["Engine"]
@@ -58,8 +57,6 @@ class Engine:
         buckets: batch sizes to capture, increasing; None takes `default_buckets(max_batch)`.
         speculate: with graphs, launch each segment before the survivors of the one before it have been
             counted. Hides the wait, and wastes what `report().wasted_share` says.
-        gate: without graphs, carry images that left along until so many have; None takes what `warm_up`
-            measured on this machine (then or earlier), else 1: compact at once.
         prepare: on the CPU, in float32 and bfloat16, use packed linear layers (see `PackedLinear`).
             They hold the backbone's matrices a second time, unless the model is packed (see `pack_`).
 
@@ -77,15 +74,12 @@ class Engine:
         exits: Sequence[int] | None = None,
         buckets: Sequence[int] | None = None,
         speculate: bool = False,
-        gate: int | None = None,
         prepare: bool = True,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise ValueError(f"max_batch={max_batch!r}, expected an integer of at least 1")
         if graphs not in (True, False, None, "eager"):
             raise ValueError(f"graphs={graphs!r}, expected True, False, None or 'eager'")
-        if gate is not None and (isinstance(gate, bool) or not isinstance(gate, int) or gate < 1):
-            raise ValueError(f"gate={gate!r}, expected an integer of at least 1")
         device = next(model.parameters()).device
         if graphs is True and device.type != "cuda":
             raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {device}")
@@ -94,14 +88,13 @@ class Engine:
         self._buckets = _checked_buckets(buckets, max_batch)
         self._graphs, self._compile = graphs, compile
         self._speculate, self._prepare = speculate, prepare
-        self._gate, self._gates = gate, dict[Hashable, int]()
         self._lock = Lock()
         self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
+        self._adapter: Backbone | None = None  # what runs the blocks; None until it is made
         self._segments: tuple[Segment, ...] = ()
         self._watch: Watch | None = None
         self._folded: tuple[object, ...] = ()
         self._dtype: torch.dtype | None = None
-        self._generation = 0
         self.reset_report()
 
     def __call__(self, images: Tensor, policy: Policy | None = None) -> Inference:
@@ -128,13 +121,11 @@ class Engine:
         return Inference(*(torch.cat(field) for field in fields))
 
     @property
-    def generation(self) -> int:
-        """Counts how often the segments had to be made anew."""
-        return self._generation
-
-    @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments as the engine runs them, prepared from the weights as they are now."""
+        """The segments as the engine runs them, prepared from the weights as they are now.
+
+        A new tuple whenever the weights have changed.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._refresh()
             return self._segments
@@ -150,12 +141,6 @@ class Engine:
         with self._lock, torch.cuda.device_of(images), torch.inference_mode(False), torch.no_grad():
             for runner in self._runners.values():
                 runner.warm_up()
-            if not self._runners and self._gate is None and len(images) > 1:
-                second = self._segments[min(1, len(self._segments) - 1)]
-                tokens = second.adapter.embed(images[: self.max_batch])
-                grid = second.adapter.patch_grid((images.shape[2], images.shape[3]), second.stop)
-                measured = measure_gate(tokens, self._segments, grid)
-                self._gates[tokens.shape[1:], tokens.dtype] = measured
         self.reset_report()
 
     def release(self) -> None:
@@ -187,45 +172,13 @@ class Engine:
         return self._run_plain(images, policy)
 
     def _run_plain(self, images: Tensor, policy: Policy) -> Inference:
-        """The loop of `LGViT.infer` over the engine's segments, with a gate before compaction."""
-        adapter, size = self._segments[0].adapter, (images.shape[2], images.shape[3])
-        batch = len(images)
-        answer = self._blank(
-            batch + 1, images.device
-        )  # the last row: who is carried along writes it
-        tokens = adapter.embed(images)
-        alive = torch.arange(batch, device=images.device)
-        state = policy.start(batch, images.device)
-        gate, carried = self._gate_of(tokens), 0
-        for place, segment in enumerate(self._segments):
-            grid = adapter.patch_grid(size, segment.stop)
-            tokens, step = segment(tokens, state, grid, segment.rule(policy))
-            self._tally.add(place, len(tokens) - carried, wasted=carried)
-            answer.record(alive, segment.index, segment.stop, step)
-            if segment.is_last:
-                break
-            gone = policy.decide(step.leave, state, segment.index)
-            if gate > 1:
-                gone = gone | (alive == batch)
-                carried = int(gone.sum())
-                if carried < min(gate, len(alive)):
-                    alive.masked_fill_(gone, batch)
-                    continue
-                carried = 0
-            count = compact_(tokens, ~gone, alive, state)
-            if not count:
-                break
-            tokens, alive, state = tokens[:count], alive[:count], state[:count]
-        return answer.map(lambda rows: rows[:batch])
+        answer = self._blank(len(images), images.device)
+        run_segments(self._segments, images, policy, answer, self._count)
+        return answer
 
-    def _gate_of(self, tokens: Tensor) -> int:
-        """How many must leave such a batch for compaction to pay."""
-        if self._gate is not None:
-            return self._gate
-        kind = (tokens.shape[1:], tokens.dtype)
-        if kind not in self._gates:
-            self._gates[kind] = cached_gate(tokens, self._segments)
-        return self._gates[kind]
+    def _count(self, part: str, segment: Segment, rows: int) -> None:
+        if part == "exit":
+            self._tally.add(self._segments.index(segment), rows)
 
     def _runner(self, images: Tensor, policy: Policy) -> BucketRunner:
         kind = (images.shape[1:], images.dtype, chosen_backend())
@@ -255,46 +208,49 @@ class Engine:
         dtype = self.model.compute_dtype
         if self._watch is None or self._watch.changed() or dtype != self._dtype:
             self._forget()
-            self._segments, self._dtype = self._cut(dtype), dtype
+            self._adapter, self._dtype = self._prepared_adapter(dtype), dtype
             self._watch = Watch(self.model)
         folds = self._folds()
-        if len(folds) != len(self._folded) or any(
-            new is not old for new, old in zip(folds, self._folded, strict=True)
-        ):
-            self._drop_runners()  # graphs hold the addresses of folded weights
-            self.model.prepare()
-            self._generation += 1
-            self._folded = self._folds()
+        if self._segments and all(map(operator.is_, folds, self._folded)):
+            return
+        self._drop_runners()  # graphs hold the addresses of folded weights
+        self.model.prepare()
+        self._folded = self._folds()
+        layers = [spec.layer for spec in self.model.exits]
+        asked = [layers.index(layer) for layer in self.exits]
+        assert self._adapter is not None
+        self._segments = cut(self._adapter, layers, self._heads, asked)
 
     def _forget(self) -> None:
         self._drop_runners()
-        self._segments, self._watch, self._folded = (), None, ()
+        self._segments, self._adapter, self._watch, self._folded = (), None, None, ()
 
     def _drop_runners(self) -> None:
         while self._runners:
             self._runners.popitem()[1].release()
 
-    def _cut(self, dtype: torch.dtype) -> tuple[Segment, ...]:
-        backbone, adapter = self.model.backbone, self.model.adapter
+    def _prepared_adapter(self, dtype: torch.dtype) -> Backbone:
+        """The backbone on what runs its blocks fastest here; it shares the model's weights."""
+        backbone = self.model.backbone
         parameter = next(backbone.parameters())
         on_cpu, plain = parameter.device.type == "cpu", parameter.dtype == dtype  # no autocast
         if self._compile:
-            blocks = [adapter.parts(i, i + 1)[0] for i in range(adapter.num_blocks)]
-            adapter = adapt(compiled_twin(backbone, blocks))
-        elif self._prepare and on_cpu and plain and dtype in (torch.float32, torch.bfloat16):
-            adapter = adapt(prepared_twin(backbone))
-        layers = [spec.layer for spec in self.model.exits]
-        heads = cast(list[ExitHead], list(self.model.exit_heads))
-        return cut(adapter, layers, heads, [layers.index(layer) for layer in self.exits])
+            return adapt(compiled_twin(backbone))
+        if self._prepare and on_cpu and plain and dtype in (torch.float32, torch.bfloat16):
+            return adapt(prepared_twin(backbone))
+        return self.model.adapter
+
+    @property
+    def _heads(self) -> list[ExitHead]:
+        return cast(list[ExitHead], list(self.model.exit_heads))
 
     def _folds(self) -> tuple[object, ...]:
-        heads = cast(list[ExitHead], list(self.model.exit_heads))
-        return tuple(head.folded for head in heads)
+        return tuple(head.folded for head in self._heads)
 
 
 def _policy_key(policy: Policy, segments: Sequence[Segment]) -> Hashable:
     """What a captured segment takes from a policy: its rules, and how it decides."""
-    rules = tuple(segment.rule(policy) for segment in segments)
+    rules = tuple(policy.rule(segment.index) for segment in segments if not segment.is_last)
     reads_only_state = type(policy).decide in (Policy.decide, Replay.decide)
     return type(policy), rules, None if reads_only_state else id(policy)
 

@@ -138,7 +138,7 @@ class BucketRunner:
         shared: dict[Any, Tensor] = {}
         tokens = sample
         for segment in self._segments[:-1]:
-            tokens, _ = self._segment(segment, tokens, state)
+            tokens, _ = segment(tokens, state, self._image_size, self._policy)
             kind = (tokens.shape[1:], tokens.dtype)
             if kind not in shared:
                 shared[kind] = tokens.new_zeros(len(self.images), *tokens.shape[1:])
@@ -181,23 +181,17 @@ class BucketRunner:
         """One segment on the first `bucket` rows; its survivors end up in the first rows."""
         segment = self._segments[place]
         state, alive = self.state[:bucket], self.alive[:bucket]
-        tokens, step = self._segment(segment, self.tokens[place][:bucket], state)
+        tokens, step = segment(self.tokens[place][:bucket], state, self._image_size, self._policy)
         self.answer.record(alive, segment.index, segment.stop, step)
         if segment.is_last:
             return
-        leave = self._policy.decide(step.leave, state, segment.index)
-        keep = ~leave & (alive != self._spare)
+        keep = ~step.leave & (alive != self._spare)
         order, count = _survivors_first(keep)
         torch.index_select(tokens, 0, order, out=self.tokens[place + 1][:bucket])
         state.copy_(state[order])
         padding = torch.arange(bucket, device=count.device) >= count
         alive.copy_(alive[order].masked_fill_(padding, self._spare))
         self.counts[place].copy_(count, non_blocking=True)
-
-    def _segment(self, segment: Segment, source: Tensor, state: Tensor) -> tuple[Tensor, Any]:
-        tokens = segment.adapter.embed(source) if segment.start == 0 else source
-        grid = segment.adapter.patch_grid(self._image_size, segment.stop)
-        return segment(tokens, state, grid, segment.rule(self._policy))
 
     def _mark(self, place: int) -> None:
         event = self._events[place]

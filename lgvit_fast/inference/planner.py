@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, cast
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lgvit_fast.clock import now, seconds
 from lgvit_fast.inference.engine import Engine
 from lgvit_fast.model import LGViT
-from lgvit_fast.ops.compact import compact_
 from lgvit_fast.outputs import Inference
-from lgvit_fast.policies import Replay
-from lgvit_fast.segments import Segment
+from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.segments import Segment, run_segments
 
 __all__ = ["Costs", "Plan", "measure_costs", "plan_exits"]
 
@@ -151,14 +152,24 @@ def measure_costs(
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, model.adapter.in_chans, height, width, generator=draw)
     images = images.to(parameter.device, parameter.dtype)
-    nobody = Replay([len(model.exits)] * batch_size)
+    stay = Confidence(1.0)  # a rule that costs what rules cost, and that no image passes
+    answers = [
+        Inference.blank(batch, model.num_classes, model.compute_dtype, images.device)
+        for batch in batches
+    ]
     parts, whole = list[list[list[float]]](), list[float]()
     start = time.perf_counter()
     while len(whole) < rounds or (
         len(whole) < _MOST_ROUNDS and time.perf_counter() - start < _SECONDS
     ):
-        parts.append([_time_parts(model, engine.segments, images[:batch]) for batch in batches])
-        whole.append(_timed(partial(engine, images, nobody), images.device)[1])
+        segments = engine.segments
+        parts.append(
+            [
+                _time_parts(segments, images[: len(answer.logits)], stay, answer)
+                for answer in answers
+            ]
+        )
+        whole.append(seconds(partial(engine, images, stay), images.device))
     typical = np.median(parts, axis=0)
     typical *= np.median(whole) / typical[-1].sum()
     columns = typical.T.tolist()
@@ -171,35 +182,14 @@ def measure_costs(
 
 
 @torch.no_grad()
-def _time_parts(model: LGViT, segments: Sequence[Segment], images: Tensor) -> list[float]:
-    """Seconds of the embedding, then of blocks and head of each segment; nobody leaves."""
-    adapter, size = segments[0].adapter, (images.shape[2], images.shape[3])
-    batch, policy = len(images), model.policy
-    answer = Inference.blank(batch, model.num_classes, model.compute_dtype, images.device)
-    alive, state = torch.arange(batch, device=images.device), policy.start(batch, images.device)
-    keep = torch.ones(batch, dtype=torch.bool, device=images.device)
-    tokens, seconds = _timed(partial(adapter.embed, images), images.device)
-    times = [seconds]
-    for segment in segments:
-        grid = adapter.patch_grid(size, segment.stop)
-        tokens, seconds = _timed(partial(segment.blocks, tokens, grid), images.device)
-        times.append(seconds)
+def _time_parts(
+    segments: Sequence[Segment], images: Tensor, policy: Policy, answer: Inference
+) -> list[float]:
+    """Seconds of the embedding, then of blocks and exit of each segment."""
+    times = [now(images.device)]
 
-        def rest(tokens: Tensor, segment: Segment, grid: tuple[int, int]) -> None:
-            step = segment.ask(tokens, state, grid, segment.rule(policy))
-            answer.record(alive, segment.index, segment.stop, step)
-            if not segment.is_last:
-                compact_(tokens, keep, alive, state)
+    def stamp(*part: object) -> None:
+        times.append(now(images.device))
 
-        times.append(_timed(partial(rest, tokens, segment, grid), images.device)[1])
-    return times
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    run_segments(segments, images, policy, answer, stamp)
+    return [later - earlier for earlier, later in pairwise(times)]

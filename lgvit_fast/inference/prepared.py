@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterable
 
 import torch
 from timm.layers import Mlp
@@ -26,7 +26,20 @@ def prepared_twin(backbone: nn.Module) -> nn.Module:
     Each layer takes the GEMM measured fastest for its shape, if that agrees with the plain layer to
     1e-4 (2e-2 in bfloat16). The twin answers for the weights as they are now.
     """
-    return _twin(backbone, _prepared)
+    twin = _sharing_copy(backbone)
+    _pack_layers_(twin)
+    return twin
+
+
+def compiled_twin(backbone: nn.Module) -> nn.Module:
+    """A backbone whose blocks are each compiled: they share one piece of code, compiled once."""
+    twin = _sharing_copy(backbone)
+    adapter = adapt(twin)
+    blocks = {id(adapter.parts(i, i + 1)[0]) for i in range(adapter.num_blocks)}
+    for name, module in list(twin.named_modules()):
+        if id(module) in blocks:
+            twin.set_submodule(name, torch.compile(module, dynamic=True))  # type: ignore[arg-type]
+    return twin
 
 
 def pack_(model: LGViT) -> LGViT:
@@ -53,49 +66,32 @@ def pack_(model: LGViT) -> LGViT:
             f"the model is {weight.dtype} on {weight.device}, expected float32 or bfloat16 on the CPU"
         )
     with torch.no_grad():
-        _replace_(model.backbone)
+        _pack_layers_(model.backbone)
     model.adapter = adapt(model.backbone)
     model.cut_segments()
     return model
 
 
-def _replace_(module: nn.Module) -> None:
+def _sharing_copy(backbone: nn.Module) -> nn.Module:
+    """The module tree anew around the same tensors; packed layers have no state of their own."""
+    shared = [*backbone.parameters(), *backbone.buffers()]
+    packed = [module for module in backbone.modules() if isinstance(module, PackedLinear)]
+    return copy.deepcopy(backbone, {id(kept): kept for kept in (*shared, *packed)})
+
+
+def _pack_layers_(module: nn.Module) -> None:
+    """Replace the linear layers below `module`, one by one: never more than one is held twice."""
+    fused = isinstance(module, Mlp) and type(module.fc1) is nn.Linear and _is_exact_gelu(module.act)
     for name, child in module.named_children():
-        replacement = _prepared(child)
-        if replacement is None:
-            _replace_(child)
-        else:  # one by one, so that never more than one layer is held twice
-            module._modules[name] = replacement
-
-
-def compiled_twin(backbone: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
-    """A backbone whose `blocks` are each compiled: they share one piece of code, compiled once."""
-    members = {id(block) for block in blocks}
-
-    def replace(module: nn.Module) -> nn.Module | None:
-        if id(module) not in members:
-            return None
-        compiled: nn.Module = torch.compile(module, dynamic=True)  # type: ignore[assignment]
-        return compiled
-
-    return _twin(backbone, replace)
-
-
-def _prepared(module: nn.Module) -> nn.Module | None:
-    if isinstance(module, PackedLinear):
-        return module
-    if type(module) is nn.Linear:
-        return _packed(module)
-    if isinstance(module, Mlp) and type(module.fc1) is nn.Linear and _is_exact_gelu(module.act):
-        twin = _twin_of_children(module, _prepared)
-        twin._modules["fc1"] = _packed(module.fc1, "gelu")
-        twin._modules["act"] = nn.Identity()
-        return twin
-    if getattr(module, "q_bias", None) is not None:  # such attention reads `qkv.weight` itself
-        twin = _twin_of_children(module, _prepared)
-        twin._modules["qkv"] = module.get_submodule("qkv")
-        return twin
-    return None
+        if type(child) is nn.Linear:
+            if name == "qkv" and getattr(module, "q_bias", None) is not None:
+                continue  # such attention reads `qkv.weight` itself
+            activation = "gelu" if fused and name == "fc1" else None
+            module.set_submodule(name, _packed(child, activation))
+        elif fused and name == "act":
+            module.set_submodule(name, nn.Identity())
+        else:
+            _pack_layers_(child)
 
 
 def _packed(linear: nn.Linear, activation: str | None = None) -> nn.Module:
@@ -115,21 +111,3 @@ def _packed(linear: nn.Linear, activation: str | None = None) -> nn.Module:
 
 def _is_exact_gelu(module: nn.Module) -> bool:
     return isinstance(module, nn.GELU) and module.approximate == "none"
-
-
-def _twin(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
-    """The module tree anew, with the same tensors and with what `replace` gives in its place."""
-    replacement = replace(module)
-    return _twin_of_children(module, replace) if replacement is None else replacement
-
-
-def _twin_of_children(
-    module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]
-) -> nn.Module:
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__ = dict(module.__dict__)
-    twin._modules = {
-        name: None if child is None else _twin(child, replace)
-        for name, child in module._modules.items()
-    }
-    return twin

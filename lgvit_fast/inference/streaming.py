@@ -87,7 +87,7 @@ class Stream(Iterator[Answer]):
         self._queues: list[list[_Ticket]] = [[] for _ in range(len(engine.exits) + 1)]
         self._finished: dict[int, Answer] = {}
         self._accepted = self._delivered = 0
-        self._generation = -1
+        self._running: tuple[Segment, ...] = ()
         self._image_size = (0, 0)
         self._exhausted = False
         self._failure: Exception | None = None
@@ -227,14 +227,8 @@ class Stream(Iterator[Answer]):
         batch, rest = queue[: self._batch_size], queue[self._batch_size :]
         tokens = torch.stack([ticket.tokens for ticket in batch])
         state = torch.stack([ticket.state for ticket in batch])
-        if segment.start == 0:
-            tokens = segment.adapter.embed(tokens)
-        grid = segment.adapter.patch_grid(self._image_size, segment.stop)
-        tokens, step = segment(tokens, state, grid, segment.rule(self._policy))
-        leave = step.leave
-        if not segment.is_last:
-            leave = self._policy.decide(leave, state, segment.index)
-        left, valid = torch.stack((leave, step.valid)).tolist()  # the one wait
+        tokens, step = segment(tokens, state, self._image_size, self._policy)
+        left, valid = torch.stack((step.leave, step.valid)).tolist()  # the one wait
 
         batch = [
             ticket._replace(nonfinite=ticket.nonfinite or not fine)
@@ -262,14 +256,14 @@ class Stream(Iterator[Answer]):
         self._tally.forced += forced
 
     def _segments(self) -> tuple[Segment, ...]:
-        segments, generation = self._engine.segments, self._engine.generation
-        if generation != self._generation:
+        segments = self._engine.segments
+        if segments is not self._running:
             on_their_way = sum(map(len, self._queues[1:]))
             if on_their_way:
                 raise RuntimeError(
                     f"the model changed while {on_their_way} images were on their way through it"
                 )
-            self._generation = generation
+            self._running = segments
         return segments
 
 

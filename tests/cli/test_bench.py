@@ -9,9 +9,7 @@ from lgvit_fast.cli.bench import SUITES
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_suite_gets_its_options_and_gives_the_exit_code(suite, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        f"lgvit_fast.bench.{suite}.run", lambda args: seen.append(args.rounds) or 7
-    )
+    monkeypatch.setattr(f"lgvit_fast.bench.{suite}.run", lambda args: seen.append(args.rounds) or 7)
     assert main(["bench", suite, "--rounds", "3"]) == 7
     assert seen == [3]
 

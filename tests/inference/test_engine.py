@@ -14,7 +14,6 @@ from tests.helpers import images, tiny_model
 MODES = {
     "plain": {"graphs": False},
     "unprepared": {"graphs": False, "prepare": False},
-    "carrying": {"graphs": False, "gate": 4},
     "buckets": {"graphs": "eager"},
     "speculative": {"graphs": "eager", "speculate": True},
 }
@@ -284,7 +283,6 @@ def test_the_model_is_left_as_it_was(model):
     [
         ({"max_batch": 0}, "max_batch=0"),
         ({"max_batch": 2.5}, "max_batch=2.5"),
-        ({"gate": 0}, "gate=0"),
         ({"graphs": "maybe"}, "graphs='maybe'"),
         ({"graphs": True}, "on cpu"),
         ({"exits": [4]}, r"out of \[2, 3, 5\]"),

@@ -89,7 +89,7 @@ def test_measured_costs_and_the_engine_that_follows_the_plan(model):
     assert len(costs.blocks) == len(costs.heads) == 4
     assert all(second > 0 for part in (*costs.blocks, *costs.heads) for second in part)
     plan = plan_exits(model, [5, 0, 0, 5], 6, costs=costs)
-    assert 3 not in plan.exits and 5 not in plan.exits
+    assert set(plan.exits) <= {2, 3, 5}
     result = Engine(model, exits=plan.exits)(images(4), lgvit_fast.Replay([0, 1, 2, 3]))
     assert set(result.exit_layer.tolist()) <= {*plan.exits, 6}
 

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lgvit_fast.clock import Spread, take_turns
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 
-__all__ = ["Spread", "Timing", "compare"]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-        return cls(median, low, high)
+__all__ = ["Timing", "compare"]
 
 
 @dataclass(frozen=True)
@@ -97,35 +80,16 @@ def compare(
     def early() -> None:
         layers[:] = [model.infer(batch, policy).exit_layer for batch in batches]
 
-    times: dict[Callable[[], None], list[float]] = {dense: [], early: []}
     with autocast or nullcontext():
-        for turn in range(warmup + rounds):
-            # taking turns to go first, neither side always finds the other's caches
-            for side in (dense, early) if turn % 2 else (early, dense):
-                seconds = _clock(side, device)
-                if turn >= warmup:
-                    times[side].append(seconds)
+        times = take_turns({"dense": dense, "early": early}, device, rounds, warmup=warmup)
+    dense_seconds, early_seconds = times["dense"][:, 0], times["early"][:, 0]
     per_image = 1000 / len(images)
     return Timing(
         batch_size=batch_size,
         images=len(images),
         rounds=rounds,
-        dense_ms=Spread.of([t * per_image for t in times[dense]]),
-        early_ms=Spread.of([t * per_image for t in times[early]]),
-        ratio=Spread.of([d / e for d, e in zip(times[dense], times[early], strict=True)]),
+        dense_ms=Spread.of(per_image * dense_seconds),
+        early_ms=Spread.of(per_image * early_seconds),
+        ratio=Spread.of(dense_seconds / early_seconds),
         layer_ratio=model.num_blocks / float(torch.cat(layers).double().mean()),
     )
-
-
-def _clock(work: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

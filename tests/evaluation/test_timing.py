@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lgvit_fast import Replay
-from lgvit_fast.bench.timing import Spread, compare
+from lgvit_fast.clock import Spread
+from lgvit_fast.evaluation.timing import compare
 from tests.helpers import images, tiny_model
 
 
