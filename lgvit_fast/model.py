@@ -173,10 +173,15 @@ class LGViT(TimmInterface, nn.Module):
                 policy for another number of exits.
         """
         policy = self.admit(images, policy)
-        answer = Inference.blank(len(images), self.num_classes, self.compute_dtype, images.device)
+        answer = self.blank(len(images), images.device)
         self.prepare()
         run_segments(self.segments, images, policy, answer)
         return answer
+
+    def blank(self, batch: int, device: torch.device) -> Inference:
+        """An `Inference` of `batch` images, to be filled in."""
+        names = self.class_names
+        return Inference.blank(batch, self.num_classes, self.compute_dtype, device, names)
 
     def admit(self, images: Tensor, policy: Policy | None = None) -> Policy:
         """The policy to answer `images` under; raises what `infer` raises if it could not."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lgvit_fast.ops.exit_step import ExitStep
 
-__all__ = ["ExitOutputs", "Inference"]
+__all__ = ["ExitOutputs", "Inference", "TopK"]
 
 
 @dataclass
 class ExitOutputs:
-    """Every exit's opinion of every image.
+    """The logits of every exit for every image.
 
     Attributes:
         exits: logits `[B, K]` of each of the E exits, shallow to deep.
@@ -32,9 +34,21 @@ class ExitOutputs:
     patch_grid: tuple[int, int]
 
 
-@dataclass
+class TopK(NamedTuple):
+    """The k likeliest classes of each image.
+
+    Attributes:
+        probabilities: `[B, k]` float32, softmax probabilities, descending.
+        classes: `[B, k]` int64.
+    """
+
+    probabilities: Tensor
+    classes: Tensor
+
+
+@dataclass(repr=False)
 class Inference:
-    """One answer an image, in input order.
+    """One answer an image, in input order. `len`, indexing and slicing go by image.
 
     Attributes:
         logits: `[B, K]` of the exit each image left at.
@@ -42,16 +56,23 @@ class Inference:
         exit_layer: `[B]` int64, the block after which it left, from 1.
         nonfinite: `[B]` bool, an exit or the final classifier met a NaN or +inf logit. No policy lets
             such an image leave at the exit where that happened.
+        class_names: what the K classes are called, or None.
     """
 
     logits: Tensor
     exit_index: Tensor
     exit_layer: Tensor
     nonfinite: Tensor
+    class_names: Sequence[str] | None = None
 
     @classmethod
     def blank(
-        cls, batch: int, num_classes: int, dtype: torch.dtype, device: torch.device
+        cls,
+        batch: int,
+        num_classes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        class_names: Sequence[str] | None = None,
     ) -> Inference:
         """Zeros, to be filled by `record`."""
         return cls(
@@ -59,25 +80,48 @@ class Inference:
             exit_index=torch.zeros(batch, dtype=torch.int64, device=device),
             exit_layer=torch.zeros(batch, dtype=torch.int64, device=device),
             nonfinite=torch.zeros(batch, dtype=torch.bool, device=device),
+            class_names=class_names,
         )
 
     def record(self, rows: Tensor, index: int, layer: int, step: ExitStep) -> None:
-        """Write an exit's word for all who reached it; for those who go on it is overwritten later.
+        """Write an exit's logits for all who reached it; later exits overwrite those who go on.
 
         Args:
             rows: `[n]` int64, the place here of each image in `step`.
             index: the exit, from 0.
             layer: the block before it, from 1.
-            step: what the exit said.
+            step: the exit's logits.
         """
         self.logits.index_copy_(0, rows, step.logits.to(self.logits.dtype))
         self.exit_index.index_fill_(0, rows, index)
         self.exit_layer.index_fill_(0, rows, layer)
         self.nonfinite.index_copy_(0, rows, self.nonfinite[rows] | ~step.valid)
 
+    @classmethod
+    def cat(cls, parts: Sequence[Inference]) -> Inference:
+        """The answers of several batches, one after the other; at least one batch."""
+        logits, index, layer, nonfinite = (
+            torch.cat(field) for field in zip(*(part.tensors() for part in parts), strict=True)
+        )
+        return cls(logits, index, layer, nonfinite, parts[0].class_names)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Inference:
         """Apply a function to every tensor."""
-        return Inference(*map(function, self.tensors()))
+        logits, index, layer, nonfinite = map(function, self.tensors())
+        return Inference(logits, index, layer, nonfinite, self.class_names)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Inference:
+        """Every tensor on another device, the logits in another dtype; None leaves either."""
+        moved = self if device is None else self.map(lambda tensor: tensor.to(device))
+        if dtype is None:
+            return moved
+        return dataclasses.replace(moved, logits=moved.logits.to(dtype))
+
+    def cpu(self) -> Inference:
+        """Every tensor on the CPU."""
+        return self.map(Tensor.cpu)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All tensors, as listed above."""
@@ -92,3 +136,51 @@ class Inference:
     def confidence(self) -> Tensor:
         """`[B]` float32, the largest softmax probability."""
         return torch.softmax(self.logits.float(), dim=-1).amax(dim=-1)
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each image's predicted class; its number where the model has no names."""
+        classes: list[int] = self.prediction.tolist()
+        if self.class_names is None:
+            return [str(number) for number in classes]
+        return [self.class_names[number] for number in classes]
+
+    def topk(self, k: int = 5) -> TopK:
+        """The k likeliest classes of each image.
+
+        Args:
+            k: at least 1; at most K are given.
+
+        Raises:
+            ValueError: k is no positive integer.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k={k!r}, expected an integer of at least 1")
+        probabilities = torch.softmax(self.logits.float(), dim=-1)
+        return TopK(*probabilities.topk(min(k, self.logits.shape[-1]), dim=-1))
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    def __getitem__(self, images: Any) -> Inference:
+        """The answers of some images: an index, a slice, a list or a tensor of indices or of bools.
+
+        An index keeps the batch dimension: the result has one answer.
+        """
+        if isinstance(images, int):
+            if not -len(self) <= images < len(self):
+                raise IndexError(f"image {images}, expected one of {len(self)}")
+            images = slice(images, images + 1 or None)
+        return self.map(lambda tensor: tensor[images])
+
+    def __repr__(self) -> str:
+        if not len(self):
+            return "Inference(0 images)"
+        layers, counts = self.exit_layer.unique(return_counts=True)
+        left = ", ".join(
+            f"{count} after block {layer}"
+            for layer, count in zip(layers.tolist(), counts.tolist(), strict=True)
+        )
+        flagged = int(self.nonfinite.sum())
+        rest = f"; {flagged} nonfinite" if flagged else ""
+        return f"Inference({len(self)} images: {left}{rest})"

@@ -17,6 +17,7 @@ from lgvit_fast.backbones import Backbone, adapt
 from lgvit_fast.heads import ExitHead
 from lgvit_fast.inference.graphs import (
     BucketRunner,
+    CaptureError,
     capture_eager,
     capture_graph,
     default_buckets,
@@ -86,7 +87,9 @@ class Engine:
         self.model, self.max_batch = model, max_batch
         self.exits = _checked_exits(model, exits)
         self._buckets = _checked_buckets(buckets, max_batch)
-        self._graphs, self._compile = graphs, compile
+        self._graphs = device.type == "cuda" if graphs is None else graphs
+        self._may_launch = graphs is None  # where a graph cannot be captured
+        self._compile = compile
         self._speculate, self._prepare = speculate, prepare
         self._lock = Lock()
         self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
@@ -115,10 +118,7 @@ class Engine:
                 self._run(images[start : start + self.max_batch], policy, start)
                 for start in range(0, max(1, len(images)), self.max_batch)
             ]
-        if len(parts) == 1:
-            return parts[0]
-        fields = zip(*(part.tensors() for part in parts), strict=True)
-        return Inference(*(torch.cat(field) for field in fields))
+        return parts[0] if len(parts) == 1 else Inference.cat(parts)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -160,11 +160,11 @@ class Engine:
         if not len(images):
             return self._blank(0, images.device)
         policy = policy.part(start, start + len(images))
-        if self._graphs or (self._graphs is None and images.device.type == "cuda"):
+        if self._graphs:
             try:
                 return self._runner(images, policy).run(images, policy, self._tally)
-            except RuntimeError as error:
-                if self._graphs is not None:
+            except CaptureError as error:
+                if not self._may_launch:
                     raise
                 _logger.warning("CUDA graphs are off: %s", error)
                 self._graphs = False
@@ -199,7 +199,7 @@ class Engine:
         return self._runners[key]
 
     def _blank(self, batch: int, device: torch.device) -> Inference:
-        return Inference.blank(batch, self.model.num_classes, self.model.compute_dtype, device)
+        return self.model.blank(batch, device)
 
     def _refresh(self) -> None:
         """Make what is missing or was made from weights that are no more."""

@@ -21,7 +21,7 @@ from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
 
-__all__ = ["BucketRunner", "capture_eager", "capture_graph", "default_buckets"]
+__all__ = ["BucketRunner", "CaptureError", "capture_eager", "capture_graph", "default_buckets"]
 
 Capture = Callable[[Callable[[], None], Any], Callable[[], None]]
 
@@ -36,11 +36,25 @@ def default_buckets(max_batch: int) -> tuple[int, ...]:
     return (*small, *range(step * 2 if step == 8 else step, max_batch, step), max_batch)
 
 
+class CaptureError(RuntimeError):
+    """A segment ran, but could not be recorded as a CUDA graph."""
+
+
 def capture_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Record the kernels that `work` launches as a CUDA graph. Run `work` before, to warm it up."""
+    """Record the kernels that `work` launches as a CUDA graph. Run `work` before, to warm it up.
+
+    Raises:
+        CaptureError: `work` does what a graph cannot hold.
+        torch.OutOfMemoryError: no memory is left for the graph.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CaptureError(f"a segment cannot be captured as a CUDA graph: {error}") from error
     return graph.replay
 
 

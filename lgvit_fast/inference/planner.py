@@ -153,10 +153,7 @@ def measure_costs(
     images = torch.randn(batch_size, model.adapter.in_chans, height, width, generator=draw)
     images = images.to(parameter.device, parameter.dtype)
     stay = Confidence(1.0)  # a rule that costs what rules cost, and that no image passes
-    answers = [
-        Inference.blank(batch, model.num_classes, model.compute_dtype, images.device)
-        for batch in batches
-    ]
+    answers = [model.blank(batch, images.device) for batch in batches]
     parts, whole = list[list[list[float]]](), list[float]()
     start = time.perf_counter()
     while len(whole) < rounds or (

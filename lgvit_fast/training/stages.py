@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lgvit_fast.model import LGViT
+from lgvit_fast.outputs import ExitOutputs
 from lgvit_fast.training.config import Stage1Config, Stage2Config
 from lgvit_fast.training.losses import (
     Stage2Losses,
@@ -64,14 +65,8 @@ class Stage2(nn.Module):
         super().__init__()
         model.freeze_backbone()
         self.model, self.config, self.label_smoothing = model, config, label_smoothing
-        self._raw_tokens: Tensor | None = None
-        if config.published:
-            if len(model.adapter.depths) > 1:
-                raise ValueError(
-                    "published=True: the published code has no stage 2 of LGViT for Swin"
-                )
-            backbone: Any = model.backbone
-            backbone.norm.register_forward_pre_hook(self._keep_raw_tokens)
+        if config.published and len(model.adapter.depths) > 1:
+            raise ValueError("published=True: the published code has no stage 2 of LGViT for Swin")
 
     def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
         """Loss of images `[B, C, H, W]`, and its parts (each summed over exits or pairs)."""
@@ -88,14 +83,14 @@ class Stage2(nn.Module):
 
     def losses(self, images: Tensor, targets: Tensor) -> Stage2Losses:
         """Every term of the loss, not yet weighted."""
-        outputs = self.model.forward_exits(images, features=True)
+        outputs, teacher = self.outputs(images)
         assert outputs.features is not None and outputs.last_tokens is not None  # asked for
         return stage2_losses(
             outputs.exits,
             outputs.features,
             outputs.last_tokens,
             outputs.patch_grid,
-            self._published_teacher() if self.config.published else outputs.final,
+            teacher,
             targets,
             self.model.exits,
             temperature=self.config.temperature,
@@ -104,12 +99,14 @@ class Stage2(nn.Module):
             published=self.config.published,
         )
 
-    def _published_teacher(self) -> Tensor:
-        """The published code's teacher: the classifier on raw last tokens, without the final norm."""
-        assert self._raw_tokens is not None
+    def outputs(self, images: Tensor) -> tuple[ExitOutputs, Tensor]:
+        """All exits' outputs and the teacher's logits `[B, K]`."""
+        if not self.config.published:
+            outputs = self.model.forward_exits(images, features=True)
+            return outputs, outputs.final
+        # The published teacher is the classifier on the raw last tokens, without the final norm.
         backbone: Any = self.model.backbone
-        logits: Tensor = backbone.forward_head(self._raw_tokens)
-        return logits
-
-    def _keep_raw_tokens(self, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._raw_tokens = inputs[0].detach()
+        raw: list[Tensor] = []
+        with backbone.norm.register_forward_pre_hook(lambda _, inputs: raw.append(inputs[0])):
+            outputs = self.model.forward_exits(images, features=True)
+        return outputs, backbone.forward_head(raw[0].detach())

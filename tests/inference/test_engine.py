@@ -8,7 +8,8 @@ from torch import nn
 
 import lgvit_fast
 from lgvit_fast.inference import Engine
-from lgvit_fast.inference.graphs import default_buckets
+from lgvit_fast.inference import engine as engine_module
+from lgvit_fast.inference.graphs import CaptureError, default_buckets
 from tests.helpers import images, tiny_model
 
 MODES = {
@@ -311,3 +312,20 @@ def test_default_buckets_waste_little(max_batch):
     gaps = [b - a for a, b in pairwise(sizes)]
     assert all(gap <= max(8, max_batch / 8) for gap in gaps)
     assert len(sizes) <= 24
+
+
+@pytest.mark.parametrize("error", [CaptureError, torch.OutOfMemoryError, RuntimeError])
+def test_only_a_failed_capture_turns_graphs_off(model, monkeypatch, error):
+    def capture(work, pool):
+        raise error("cannot")
+
+    engine = Engine(model, max_batch=4)
+    monkeypatch.setattr(engine_module, "capture_graph", capture)
+    monkeypatch.setattr(engine, "_graphs", True)  # as on a GPU
+    if error is CaptureError:
+        assert_same(engine(images(3)), model.infer(images(3)))
+        assert engine._graphs is False
+        return
+    with pytest.raises(error, match="cannot"):
+        engine(images(3))
+    assert engine._graphs is True

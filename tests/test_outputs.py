@@ -1,0 +1,71 @@
+"""`Inference`: indexing, moving, names, the likeliest classes, a short repr."""
+
+import pytest
+import torch
+
+import lgvit_fast
+from lgvit_fast import Inference, Replay
+from tests.helpers import images, tiny_model
+
+
+@pytest.fixture
+def answer():
+    model = tiny_model(exits=[2, 4])
+    model.class_names = list("abcdefg")
+    return model.infer(images(5), Replay([0, 1, 2, 0, 0]))
+
+
+def test_length_and_indexing_go_by_image(answer):
+    assert len(answer) == 5
+    assert answer[1].exit_index.tolist() == [1]
+    assert answer[-1].exit_layer.tolist() == [2]
+    assert answer[1:3].exit_layer.tolist() == [4, 6]
+    assert answer[[0, 2]].exit_index.tolist() == [0, 2]
+    assert answer[answer.exit_index == 0].exit_layer.tolist() == [2, 2, 2]
+    assert [len(one) for one in answer] == [1] * 5
+    with pytest.raises(IndexError, match="image 5, expected one of 5"):
+        answer[5]
+
+
+def test_it_moves_as_a_whole(answer):
+    half = answer.cpu().to("cpu", torch.bfloat16)
+    assert half.logits.dtype == torch.bfloat16
+    assert half.exit_index.dtype == torch.int64 and half.nonfinite.dtype == torch.bool
+    assert answer.to("meta").exit_layer.is_meta
+    assert half.class_names == answer.class_names
+
+
+def test_names_and_likeliest_classes(answer):
+    assert answer.names == ["abcdefg"[number] for number in answer.prediction.tolist()]
+    probabilities, classes = answer.topk(3)
+    assert probabilities.shape == classes.shape == (5, 3)
+    assert torch.equal(classes[:, 0], answer.prediction)
+    torch.testing.assert_close(probabilities[:, 0], answer.confidence)
+    assert answer.topk(100).classes.shape == (5, 7)
+    with pytest.raises(ValueError, match="k=0"):
+        answer.topk(0)
+    answer.class_names = None
+    assert answer.names == [str(number) for number in answer.prediction.tolist()]
+
+
+def test_the_repr_is_one_line(answer):
+    expected = "Inference(5 images: 3 after block 2, 1 after block 4, 1 after block 6)"
+    assert repr(answer) == expected
+    answer.nonfinite[0] = True
+    assert repr(answer).endswith("; 1 nonfinite)")
+    assert repr(answer[:0]) == "Inference(0 images)"
+
+
+def test_parts_are_joined_in_order(answer):
+    joined = Inference.cat([answer[:2], answer[2:]])
+    assert torch.equal(joined.logits, answer.logits) and joined.class_names == answer.class_names
+
+
+def test_an_engine_gives_the_names_too():
+    model = tiny_model()
+    model.class_names = list("abcdefg")
+    assert lgvit_fast.Engine(model, 2)(images(3)).names == model.infer(images(3)).names
+
+
+def test_dir_lists_the_public_names_alone():
+    assert dir(lgvit_fast) == sorted(lgvit_fast.__all__)
