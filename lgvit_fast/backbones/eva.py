@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lgvit_fast.backbones.vit import PlainBackbone
 
@@ -26,14 +27,17 @@ class EvaBackbone(PlainBackbone):
                 raise ValueError(f"rope_{option} must be None: it would differ between exits")
 
     @staticmethod
+    @override
     def supports(model: nn.Module) -> bool:
         return isinstance(model, Eva)
 
+    @override
     def embed(self, images: Tensor) -> Tensor:
         tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
         normed: Tensor = self.model.norm_pre(tokens)
         return normed.contiguous()
 
+    @override
     def blocks(self, tokens: Tensor, start: int, stop: int, patch_grid: tuple[int, int]) -> Tensor:
         rope = self._rope(patch_grid)
         for index in range(start, stop):
@@ -45,6 +49,7 @@ class EvaBackbone(PlainBackbone):
                 tokens = block(tokens, rope=own)
         return tokens
 
+    @override
     def parts(self, start: int, stop: int) -> nn.ModuleList:
         parts = super().parts(start, stop)
         if self.model.rope is not None:

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lgvit_fast.backbones.base import Backbone
 
@@ -33,20 +34,25 @@ class SwinBackbone(Backbone):
         self.in_chans = self.model.patch_embed.proj.in_channels
 
     @staticmethod
+    @override
     def supports(model: nn.Module) -> bool:
         return isinstance(model, SwinTransformer | SwinTransformerV2)
 
+    @override
     def width(self, layer: int) -> int:
         return int(self.model.feature_info[self._stage(layer)]["num_chs"])
 
     @property
+    @override
     def num_prefix_tokens(self) -> int:
         return 0
 
     @property
+    @override
     def num_class_tokens(self) -> int:
         return 0
 
+    @override
     def patch_grid(self, image_size: tuple[int, int], layer: int) -> tuple[int, int]:
         embed = self.model.patch_embed
         patch = embed.patch_size
@@ -64,10 +70,12 @@ class SwinBackbone(Backbone):
         merged = 2 ** self._stage(layer)  # an odd row or column is padded, at each merge
         return -(-image_size[0] // (patch[0] * merged)), -(-image_size[1] // (patch[1] * merged))
 
+    @override
     def embed(self, images: Tensor) -> Tensor:
         tokens: Tensor = self.model.patch_embed(images)
         return tokens.contiguous()
 
+    @override
     def blocks(self, tokens: Tensor, start: int, stop: int, patch_grid: tuple[int, int]) -> Tensor:
         for stage, index in self._places(start, stop):
             if index == 0:
@@ -77,13 +85,16 @@ class SwinBackbone(Backbone):
             tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
         return tokens
 
+    @override
     def to_tokens(self, tokens: Tensor) -> Tensor:
         return tokens.flatten(1, 2)
 
+    @override
     def classify(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model.forward_head(self.model.norm(tokens))
         return logits
 
+    @override
     def parts(self, start: int, stop: int) -> nn.ModuleList:
         modules: list[nn.Module] = []
         for stage, index in self._places(start, stop):

@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lgvit_fast.backbones.base import Backbone
 
@@ -33,17 +34,21 @@ class PlainBackbone(Backbone):
         self.num_classes = self.model.num_classes
         self.in_chans = self.model.patch_embed.proj.in_channels
 
+    @override
     def width(self, layer: int) -> int:
         return int(self.model.embed_dim)
 
     @property
+    @override
     def num_prefix_tokens(self) -> int:
         return int(self.model.num_prefix_tokens)
 
     @property
+    @override
     def num_class_tokens(self) -> int:
         return 1 if self.model.cls_token is not None else 0
 
+    @override
     def patch_grid(self, image_size: tuple[int, int], layer: int) -> tuple[int, int]:
         embed = self.model.patch_embed
         if not self.model.dynamic_img_size:
@@ -64,10 +69,12 @@ class PlainBackbone(Backbone):
         height, width = embed.dynamic_feat_size(image_size)
         return int(height), int(width)
 
+    @override
     def classify(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model.forward_head(self.model.norm(tokens))
         return logits
 
+    @override
     def parts(self, start: int, stop: int) -> nn.ModuleList:
         modules = [*self.model.blocks[start:stop]]
         if stop == self.num_blocks:
@@ -80,26 +87,31 @@ class ViTBackbone(PlainBackbone):
     """Any `timm.models.vision_transformer.VisionTransformer`."""
 
     @staticmethod
+    @override
     def supports(model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
     @property
+    @override
     def num_class_tokens(self) -> int:
         return 2 if isinstance(self.model, VisionTransformerDistilled) else super().num_class_tokens
 
+    @override
     def embed(self, images: Tensor) -> Tensor:
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         # Without prefix tokens timm gives a transposed view, whose strides the blocks would keep.
         normed: Tensor = self.model.norm_pre(tokens).contiguous()
         return normed
 
+    @override
     def blocks(self, tokens: Tensor, start: int, stop: int, patch_grid: tuple[int, int]) -> Tensor:
         recompute = self.model.grad_checkpointing and self.model.training
         for block in self.model.blocks[start:stop]:
             tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
         return tokens
 
+    @override
     def classify(self, tokens: Tensor) -> Tensor:
         logits = self.model.forward_head(self.model.norm(tokens))
-        # In its own training mode a distilled DeiT gives the votes of both classifiers.
+        # In its own training mode a distilled DeiT gives the logits of both classifiers.
         return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits

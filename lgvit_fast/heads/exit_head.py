@@ -19,7 +19,7 @@ __all__ = ["ExitHead"]
 
 
 class FoldedHead(NamedTuple):
-    """An exit in the exact inference form: what is done per token, then one matrix."""
+    """An exit in the exact inference form: the work per token, then one matrix."""
 
     perception: Any  # weights of `pool`, or of `feature` where the readout has a norm
     weight: Tensor  # [K, (M + T) * C]
@@ -27,7 +27,7 @@ class FoldedHead(NamedTuple):
 
 
 class ExitHead(nn.Module):
-    """Reads a block's tokens and says what the image is.
+    """Classifies an image from a block's tokens.
 
     With the mean m of the head's feature over its tokens, the logits are `Wc (m + cls) + bc` for a
     ViT, the mean of two such classifiers on cls and dist for a distilled DeiT, and `Wc m + bc` for a
@@ -50,7 +50,7 @@ class ExitHead(nn.Module):
             `fold` and `pool`, these are its exact inference form; `fold_feature` and `feature` are, if
             the readout has a norm.
         readout: its feature to vectors.
-        classifiers: one for each vector; their votes are averaged.
+        classifiers: one for each vector; their logits are averaged.
         fused: whether there is an inference form of its own rather than the training form.
     """
 
@@ -97,8 +97,8 @@ class ExitHead(nn.Module):
         else:
             feature = self.perception(tokens[:, prefix:], patch_grid)
         vectors = self.readout(feature, tokens[:, : self.num_class_tokens])
-        votes = [classify(v) for classify, v in zip(self.classifiers, vectors, strict=True)]
-        return torch.stack(votes).mean(0) if len(votes) > 1 else votes[0], feature
+        logits = [classify(v) for classify, v in zip(self.classifiers, vectors, strict=True)]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0], feature
 
     def step(
         self, tokens: Tensor, patch_grid: tuple[int, int], rule: ExitRule, state: Tensor
@@ -147,8 +147,8 @@ class ExitHead(nn.Module):
                 return
         linears = self._linears
         with torch.autocast(linears[0].weight.device.type, enabled=False):
-            votes = [linear.weight.double() / len(linears) for linear in linears]
-            classifier = torch.stack(votes).sum(0)
+            shares = [linear.weight.double() / len(linears) for linear in linears]
+            classifier = torch.stack(shares).sum(0)
             bias = torch.stack([linear.bias.double() for linear in linears]).mean(0)
             if self.readout.affine:
                 perception, matrix, offset = self.perception.fold(dtype)
@@ -157,7 +157,7 @@ class ExitHead(nn.Module):
                 perception = self.perception.fold_feature(dtype)
                 weight = classifier * self._norm.weight.double()
                 bias = bias + classifier @ self._norm.bias.double()
-            weight = torch.cat((weight, *votes[: self.num_class_tokens]), dim=1)
+            weight = torch.cat((weight, *shares[: self.num_class_tokens]), dim=1)
             vectors = torch.promote_types(dtype, torch.float32)
             self.folded = FoldedHead(perception, weight.to(dtype), bias.to(vectors))
         self._watch = Watch(self)

@@ -82,7 +82,7 @@ class ExitSpec:
 def default_layers(
     num_blocks: int, count: int | None = None, depths: Sequence[int] = ()
 ) -> tuple[int, ...]:
-    """Where exits sit if nobody says (paper section 4.1).
+    """The default placement of exits (paper section 4.1).
 
     In a columnar model: evenly spaced from a third of the depth to the last block but one; 12 blocks
     and 8 exits give 4 to 11. In a hierarchical one: from the end of the second stage, evenly over the

@@ -24,6 +24,7 @@ class LinearHead(nn.Module):
     whole = True
 
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Tokens `[B, P + N, C]`, unchanged."""
         return tokens
 
 
@@ -43,6 +44,7 @@ class BlockHead(nn.Module):
         self.block = Block(width, num_heads, mlp_ratio, qkv_bias=True)
 
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Tokens `[B, P + N, C]` to tokens of the same shape."""
         out: Tensor = self.block(tokens)
         return out
 
@@ -58,6 +60,7 @@ class ConvHead(nn.Module):
         self.norm = nn.BatchNorm1d(width)
 
     def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Patches `[B, N, C]` to the feature `[B, N, C]`."""
         grid = patches.unflatten(1, patch_grid).permute(0, 3, 1, 2)
         hidden = F.gelu(self.conv(grid)).permute(0, 2, 3, 1).flatten(1, 2)
         return batchnorm_tokens(self.norm, hidden)
@@ -75,6 +78,7 @@ class AttentionHead(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Patches `[B, N, C]` to the feature `[B, N, C]`."""
         q, k, v = self.qkv(patches).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v)
         feature: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
@@ -92,10 +96,12 @@ class MLPHead(nn.Module):
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """Patches `[B, N, C]` to the feature `[B, N, C]`."""
         feature: Tensor = self.fc2(F.gelu(self.fc1(patches)))
         return feature
 
     def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
+        """Weights of `pool`, matrix `[C, 2C]` and offset `[C]` from pooled to the mean feature."""
         vectors = torch.promote_types(dtype, torch.float32)
         weights = LPHWeights(self.fc1.weight.to(dtype), self.fc1.bias.to(vectors))
         projection = self.fc2.weight.double()
@@ -109,4 +115,5 @@ class MLPHead(nn.Module):
         num_prefix_tokens: int,
         weights: LPHWeights,
     ) -> Tensor:
+        """The inference form: tokens `[B, P + N, C]` to pooled vectors `[B, 2, C]`."""
         return lph_pool(tokens, patch_grid, num_prefix_tokens, weights)

@@ -153,6 +153,7 @@ class Engine:
         return self._tally.report()
 
     def reset_report(self) -> None:
+        """Begin the counts anew."""
         self._tally = Tally((*self.exits, self.model.num_blocks))
 
     def _run(self, images: Tensor, policy: Policy, start: int) -> Inference:

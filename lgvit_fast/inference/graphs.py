@@ -1,7 +1,7 @@
 """Segments at a few fixed batch sizes on static buffers: what a CUDA graph can replay.
 
 All segments read their input from one set of buffers and leave the survivors in its first rows, so
-any segment can follow at any batch size. Rows beyond the survivors are padding: they hold leftovers
+any segment can follow at any batch size. Rows beyond the survivors are padding: they hold tokens
 of images that left, write their answers to a spare row, and can meet no real row, since every
 operation of a segment treats rows independently.
 """
@@ -96,9 +96,9 @@ class BucketRunner:
         self.images = sample.new_zeros(rows, *sample.shape[1:])
         self.tokens = self._buffers(sample, state.clone())
         self.state = state.new_zeros(rows, *state.shape[1:])
-        self.alive = torch.full((rows,), self._spare, device=device)
+        self.rows = torch.full((rows,), self._spare, device=device)
         self.answer = blank(rows + 1)
-        self._rows = torch.arange(rows, device=device)
+        self._all_rows = torch.arange(rows, device=device)
         on_gpu = device.type == "cuda"
         self.counts = torch.zeros(len(segments), dtype=torch.int64, pin_memory=on_gpu)
         self._events = [torch.cuda.Event() if on_gpu else None for _ in segments]
@@ -113,8 +113,8 @@ class BucketRunner:
             torch.cuda.current_stream(images.device).wait_event(self._done)
         self.images[:batch].copy_(images)
         self.state[:batch].copy_(policy.start(batch, images.device))
-        self.alive.fill_(self._spare)
-        self.alive[:batch].copy_(self._rows[:batch])
+        self.rows.fill_(self._spare)
+        self.rows[:batch].copy_(self._all_rows[:batch])
         self.answer.nonfinite.zero_()
 
         known = arrived = batch  # what the host knows of, and what really entered a segment
@@ -175,7 +175,7 @@ class BucketRunner:
         # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
         # the segment on what is in the buffers, so they are put back.
         once = {id(buffer): buffer for buffer in self.tokens[1:]}
-        buffers = (*once.values(), self.state, self.alive, *self.answer.tensors())
+        buffers = (*once.values(), self.state, self.rows, *self.answer.tensors())
         saved = [buffer.clone() for buffer in buffers]
         if self._pool is not None:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -194,17 +194,17 @@ class BucketRunner:
     def _work(self, place: int, bucket: int) -> None:
         """One segment on the first `bucket` rows; its survivors end up in the first rows."""
         segment = self._segments[place]
-        state, alive = self.state[:bucket], self.alive[:bucket]
+        state, rows = self.state[:bucket], self.rows[:bucket]
         tokens, step = segment(self.tokens[place][:bucket], state, self._image_size, self._policy)
-        self.answer.record(alive, segment.index, segment.stop, step)
+        self.answer.record(rows, segment.index, segment.stop, step)
         if segment.is_last:
             return
-        keep = ~step.leave & (alive != self._spare)
+        keep = ~step.leave & (rows != self._spare)
         order, count = _survivors_first(keep)
         torch.index_select(tokens, 0, order, out=self.tokens[place + 1][:bucket])
         state.copy_(state[order])
         padding = torch.arange(bucket, device=count.device) >= count
-        alive.copy_(alive[order].masked_fill_(padding, self._spare))
+        rows.copy_(rows[order].masked_fill_(padding, self._spare))
         self.counts[place].copy_(count, non_blocking=True)
 
     def _mark(self, place: int) -> None:

@@ -1,4 +1,4 @@
-"""Which exits are worth their head, given where images leave and what everything costs."""
+"""Which exits to keep, given where images leave and what each part of the model costs."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def measure_costs(
     """Time the parts of a model, as its engine runs them, at 1, 2, 4, ... and `batch_size` images.
 
     Medians of at least `rounds` passes, more of a small model. All are scaled alike, so that their sum
-    is what the engine takes for a batch that nobody leaves: what it does besides counts too.
+    is what the engine takes for a batch that no image leaves: its own overhead is counted too.
     """
     engine = Engine(model, max_batch=batch_size)
     parameter = next(model.parameters())

@@ -1,4 +1,4 @@
-"""What an engine did: batch sizes, padding, waste."""
+"""Counts of an engine's or stream's work: batch sizes, padding, waste."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SegmentReport:
         runs: how often it ran.
         images: rows that were images still on their way.
         padded: rows added to fill a bucket.
-        wasted: rows of images that had already left, run because nobody had counted yet.
+        wasted: rows of images that had already left, run before survivors were counted.
     """
 
     layer: int
