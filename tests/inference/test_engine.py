@@ -113,11 +113,11 @@ def test_buffers_are_kept_and_released(model):
     engine = Engine(model, max_batch=8, graphs="eager")
     engine(images(8), lgvit_fast.Patience(2))
     runner = next(iter(engine._runners.values()))
-    places = [t.data_ptr() for t in (*runner.tokens, runner.state, runner.alive)]
+    places = [t.data_ptr() for t in (*runner.tokens, runner.state, runner.rows)]
     for batch in (3, 8, 1):
         engine(images(batch), lgvit_fast.Patience(2))
     assert next(iter(engine._runners.values())) is runner
-    assert places == [t.data_ptr() for t in (*runner.tokens, runner.state, runner.alive)]
+    assert places == [t.data_ptr() for t in (*runner.tokens, runner.state, runner.rows)]
     engine.release()
     assert not engine._runners
     assert_same(engine(images(3)), model.infer(images(3)))
