@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lgvit_fast.bench.machine import machine
 from lgvit_fast.bench.published_scheme import PublishedScheme
-from lgvit_fast.bench.traces import REAL_TRACE, Trace
+from lgvit_fast.bench.traces import TRACES, Trace
 from lgvit_fast.checkpoints.files import save_json, write_atomic
 from lgvit_fast.clock import seconds as seconds_of
 from lgvit_fast.inference import Engine, Plan, plan_exits, stream
@@ -249,7 +249,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, nargs="+", metavar="B", help="default: 1 8 16 32; GPU 1 16 64 256"
     )
     parser.add_argument(
-        "--trace", metavar="JSON", help="where images leave: layers and images (default: recorded)"
+        "--trace",
+        default="0.9",
+        metavar="T|JSON",
+        help=f"where images leave: recorded at threshold {', '.join(TRACES)} (0.9), or a json file",
     )
     parser.add_argument("--images", type=int, default=64, metavar="N", help="a round (64)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed passes (3)")
@@ -266,7 +269,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command: prints a table, returns the exit code."""
-    trace = Trace.load(args.trace) if args.trace else REAL_TRACE
+    trace = TRACES[args.trace] if args.trace in TRACES else Trace.load(args.trace)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     model = create_model(args.model, exits=trace.layers[:-1], num_classes=100)
@@ -297,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
         if plan is not None:
             plans.append(_checked(plan, batch_size, rows))
         torch.compiler.reset()
-    print(f"{args.model}, {args.dtype}, {device}, trace: {trace.name}")
+    print(f"{args.model}, {args.dtype}, {device}\ntrace {trace}")
     print(markdown(rows))
     for checked in plans:
         print(

@@ -1,16 +1,25 @@
-from pathlib import Path
-
 import pytest
 
-from lgvit_fast.bench.traces import REAL_TRACE, Trace
-
-SHIPPED = Path(__file__).parents[2] / "benchmarks/traces/cifar100_vit_base_confidence_0.8.json"
+from lgvit_fast.bench.traces import REAL_TRACE, TRACES, Trace
 
 
-def test_the_shipped_trace_is_the_default_one():
-    assert Trace.load(SHIPPED) == REAL_TRACE
-    assert sum(REAL_TRACE.images) == 10_000
-    assert REAL_TRACE.layer_ratio == pytest.approx(12 / 5.77, abs=0.005)
+@pytest.mark.parametrize(("threshold", "mean"), [("0.8", 5.774), ("0.9", 6.455), ("0.99", 8.103)])
+def test_recorded_traces_are_whole(threshold, mean):
+    trace = TRACES[threshold]
+    assert sum(trace.images) == 10_000
+    assert trace.layer_ratio == pytest.approx(12 / mean, abs=0.001)
+    assert trace.accuracy < trace.dense_accuracy == 90.8
+
+
+def test_a_trace_says_how_accurate_it_was(tmp_path):
+    assert str(REAL_TRACE).endswith(
+        "confidence 0.9: 1.86x fewer layers, 89.4 % right, dense 90.8 %"
+    )
+    path = tmp_path / "trace.json"
+    path.write_text('{"name": "mine", "layers": [1, 2], "images": [3, 1]}')
+    assert str(Trace.load(path)) == "mine: 1.60x fewer layers, accuracy not known"
+    path.write_text('{"layers": [1, 2], "images": [3, 1], "accuracy": 70, "dense_accuracy": 71}')
+    assert str(Trace.load(path)).endswith("70.0 % right, dense 71.0 %")
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 64, 1000])
