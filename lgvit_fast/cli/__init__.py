@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from importlib import import_module
 
 from lgvit_fast._version import __version__
 from lgvit_fast.cli.options import UsageError
+from lgvit_fast.text import printable
 
 __all__ = ["main"]
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 only if all went well, 2 for a usage that makes no sense, else 1.
     """
+    _accept_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
@@ -99,8 +102,19 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _accept_any_name() -> None:
+    """A file name that is not UTF-8, or that the terminal cannot show, is no reason to stop."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def _complain(command: str, error: Exception, code: int) -> int:
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     if not message or not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"lgvit-fast {command}: error: {message}", file=sys.stderr)

@@ -19,6 +19,7 @@ from lgvit_fast.cli.options import (
     load_model,
     policy_from,
 )
+from lgvit_fast.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
         model.save_pretrained(args.model)
         print(f"{model.policy} is now the policy of {args.model}")
     for image in evaluation.recording.bad:
-        print(f"lgvit-fast eval: cannot read {image.name}: {image.reason}", file=sys.stderr)
+        line = f"lgvit-fast eval: cannot read {image.name}: {image.reason}"
+        print(printable(line), file=sys.stderr)
     return 1 if evaluation.recording.bad else 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from lgvit_fast.cli.options import (
     load_model,
     policy_from,
 )
+from lgvit_fast.text import csv_field, json_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,8 +45,9 @@ Each image gives one line, in the order given:
   confidence     softmax probability of that class, at the exit where the image left
   exit_layer     the transformer block after which it left, counted from 1
   milliseconds   its share of the time its batch took in the model (files are read before that)
-A file that cannot be read gives a line with "error"; the others are answered all the same, and the
-exit code is 1.
+A file that cannot be read, or is none (a FIFO, a device), gives a line with "error"; the others are
+answered all the same, and the exit code is 1. JSON lines are ASCII; in CSV, control characters and
+backslashes in names are escaped as in Python.
 
 examples:
   lgvit-fast predict run/stage2/best cat.jpg dog.png
@@ -70,6 +71,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("jsonl", "csv"), default="jsonl", help="default: jsonl"
     )
     parser.add_argument(
+        "--csv-safe",
+        action="store_true",
+        help="in CSV, put an apostrophe before text that a spreadsheet would run: = + - @ in front",
+    )
+    parser.add_argument(
         "--class-map", metavar="FILE", help="class names, one a line, in their order"
     )
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default: 32")
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if policy is not None:
         model.policy = policy
     names = _class_names(args.class_map, model)
-    write = _writer(args.format)
+    write = _writer(args.format, args.csv_safe)
     failed = 0
     for row in _rows(model, list(_files(args.paths)), names, args):
         failed += "error" in row
@@ -177,11 +183,9 @@ class _Files:
         return len(self.samples)
 
     def __getitem__(self, place: int) -> tuple[Image, int]:
-        from PIL import Image
+        from lgvit_fast.data.images import open_image
 
-        with Image.open(self.samples[place][0]) as image:
-            image.load()
-            return image, place
+        return open_image(self.samples[place][0]), place
 
 
 def _files(paths: list[str]) -> Iterator[str]:
@@ -206,17 +210,22 @@ def _files(paths: list[str]) -> Iterator[str]:
 def _class_names(path: str | None, model: LGViT) -> list[str]:
     if path is None:
         return model.class_names or []
-    with open(path) as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         names = [line.strip() for line in file if line.strip()]
     if len(names) != model.num_classes:
         raise UsageError(f"{path} names {len(names)} classes, the model has {model.num_classes}")
     return names
 
 
-def _writer(form: str) -> Any:
+def _writer(form: str, no_formula: bool) -> Any:
     """A function that prints a row."""
     if form == "jsonl":
-        return lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+        return lambda row: print(json_line(row), flush=True)
     writer = csv.DictWriter(sys.stdout, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    return writer.writerow
+
+    def write(row: dict[str, Any]) -> None:
+        texts = {key: csv_field(v, no_formula) for key, v in row.items() if isinstance(v, str)}
+        writer.writerow({**row, **texts})
+
+    return write

@@ -2,6 +2,7 @@
 
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Key, Loader, Source
 from lgvit_fast.data.digits import Digits
+from lgvit_fast.data.images import open_image
 from lgvit_fast.data.sources import ImageSource, class_names, open_dataset
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 
@@ -19,4 +20,5 @@ __all__ = [
     "class_names",
     "eval_transform",
     "open_dataset",
+    "open_image",
 ]

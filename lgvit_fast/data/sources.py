@@ -9,9 +9,11 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
 from lgvit_fast.data.batches import BadImage, Batch, Key
+from lgvit_fast.data.images import check_file, open_image, upright
 from lgvit_fast.data.seeds import seeded
 
 __all__ = ["ImageSource", "class_names", "open_dataset"]
@@ -21,7 +23,8 @@ class ImageSource:
     """Images of a map-style dataset, decoded and transformed.
 
     Args:
-        dataset: a timm `ImageDataset`, or a torchvision-like one of (image, class) items.
+        dataset: a timm `ImageDataset`, or a torchvision-like one of (image, class) items. An item
+            that raises any exception is a bad image.
         transform: PIL image to tensor `[C, H, W]`.
         mode: PIL mode to convert to, `RGB` or `L`.
         seed: of the transform's randomness.
@@ -55,8 +58,7 @@ class ImageSource:
                     image, target = self._read(index)
                     images.append(self.transform(image))
                     targets.append(int(target))
-                # PIL reports bad files as OSError, SyntaxError (PNG) or ValueError
-                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                except Exception as error:  # decoders raise anything
                     bad.append(BadImage(self.name(index), f"{type(error).__name__}: {error}"))
         stacked = torch.stack(images) if images else torch.empty(0)
         return Batch(stacked, torch.tensor(targets, dtype=torch.long), bad)
@@ -71,11 +73,16 @@ class ImageSource:
     def _read(self, index: int) -> tuple[Image.Image, Any]:
         if isinstance(self.dataset, timm.data.ImageDataset):
             # timm's own __getitem__ would quietly put the next file in a bad one's place
-            file, target = self.dataset.reader[index]
+            reader = self.dataset.reader
+            if isinstance(reader, ReaderImageFolder):
+                check_file(self.name(index))  # before the reader opens it
+            file, target = reader[index]
+            if file is None:
+                raise ValueError("not a file in the tar, expected an image file")
             with file:
-                return Image.open(file).convert(self.mode), target
+                return open_image(file, self.mode), target
         image, target = self.dataset[index]
-        return image.convert(self.mode), target
+        return upright(image, self.mode), target
 
 
 def open_dataset(data: str, dataset: str = "", split: str = "train", download: bool = False) -> Any:
@@ -105,6 +112,8 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
         raise FileNotFoundError(
             f"cannot open {dataset!r}, split {split!r}, in {data!r}{hint}: {error}"
         ) from error
+    if hasattr(opened, "loader"):
+        opened.loader = open_image  # torchvision's folders, too, read files as everything here does
     if len(opened) == 0:
         raise ValueError(f"no images in {data!r}")
     return opened

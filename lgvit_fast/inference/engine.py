@@ -7,7 +7,6 @@ import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
-from threading import Lock
 from typing import Literal, cast
 
 import torch
@@ -24,6 +23,7 @@ from lgvit_fast.inference.graphs import (
 )
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, Tally
+from lgvit_fast.inference.turns import add_lock, take_turn
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.outputs import Inference
@@ -43,8 +43,9 @@ class Engine:
     On a GPU the segments are captured as CUDA graphs at a few batch sizes, and the host waits once per
     exit, for the number of survivors. On the CPU the backbone's linear layers run on the fastest
     library the machine has. Weights are shared with the model; when they change, what was made from
-    them is made anew at the next call. Calls from several threads take turns. Under autocast graphs
-    cast the weights in every call; a model converted to bfloat16 is faster.
+    them is made anew at the next call. Calls from several threads take turns; a call from inside
+    another one (a policy, a signal handler) is an error. Under autocast graphs cast the weights in
+    every call; a model converted to bfloat16 is faster.
 
     Args:
         model: in eval mode when called.
@@ -91,7 +92,7 @@ class Engine:
         self._may_launch = graphs is None  # where a graph cannot be captured
         self._compile = compile
         self._speculate, self._prepare = speculate, prepare
-        self._lock = Lock()
+        add_lock(self)
         self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
         self._adapter: Backbone | None = None  # what runs the blocks; None until it is made
         self._segments: tuple[Segment, ...] = ()
@@ -108,11 +109,17 @@ class Engine:
             policy: None takes `model.policy`.
 
         Raises:
-            RuntimeError: the model is in train mode; or graphs were asked for and cannot be captured.
+            RuntimeError: the model is in train mode; or graphs were asked for and cannot be captured;
+                or this thread is in a call of the engine already.
             ValueError: as `LGViT.infer`.
         """
         policy = self.model.admit(images, policy)
-        with self._lock, torch.cuda.device_of(images), torch.inference_mode(False), torch.no_grad():
+        with (
+            take_turn(self, "the engine"),
+            torch.cuda.device_of(images),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             self._refresh()
             parts = [
                 self._run(images[start : start + self.max_batch], policy, start)
@@ -126,7 +133,7 @@ class Engine:
 
         A new tuple whenever the weights have changed.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
             self._refresh()
             return self._segments
 
@@ -138,14 +145,19 @@ class Engine:
             policy: None takes `model.policy`.
         """
         self(images, policy)
-        with self._lock, torch.cuda.device_of(images), torch.inference_mode(False), torch.no_grad():
+        with (
+            take_turn(self, "the engine"),
+            torch.cuda.device_of(images),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
             for runner in self._runners.values():
                 runner.warm_up()
         self.reset_report()
 
     def release(self) -> None:
         """Free graphs, buffers and prepared weights; the next call makes them anew."""
-        with self._lock:
+        with take_turn(self, "the engine"):
             self._forget()
 
     def report(self) -> Report:

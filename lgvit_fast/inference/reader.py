@@ -1,15 +1,40 @@
-"""Reading a loader: when asked, or ahead in a thread."""
+"""Reading a loader: when asked, or ahead in a thread.
+
+An interrupt can come between any two bytecodes. So a source writes what the loader gives straight
+into a deque, the slot, that belongs to the caller: one call, in C from the question to the answer.
+"""
 
 from __future__ import annotations
 
-import queue
+from collections import deque
 from collections.abc import Iterable, Iterator
-from threading import Event, Thread
+from enum import Enum
+from itertools import chain, islice
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
-__all__ = ["EXHAUSTED", "PulledSource", "ThreadedSource"]
+__all__ = ["DIED", "EXHAUSTED", "NOTHING", "PulledSource", "Slot", "ThreadedSource", "found"]
 
-EXHAUSTED = object()
+Slot = deque[Any]  # (), (_ASKED,), (_ASKED, EXHAUSTED) or (_ASKED, item, EXHAUSTED)
+
+
+class _Mark(Enum):
+    NOTHING = "nothing came yet"
+    ASKED = "the loader was asked"
+    DIED = "the loader raised instead of answering"
+    EXHAUSTED = "no more items"
+
+
+NOTHING, DIED, EXHAUSTED = _Mark.NOTHING, _Mark.DIED, _Mark.EXHAUSTED
+_ASKED = _Mark.ASKED
+
+
+def found(slot: Slot) -> Any:
+    """What a slot holds: the loader's item, or `EXHAUSTED`, `DIED` or `NOTHING`."""
+    if not slot:
+        return NOTHING
+    return slot[1] if len(slot) > 1 else DIED
 
 
 class PulledSource:
@@ -19,11 +44,16 @@ class PulledSource:
         self._loader = loader
         self._iterator: Iterator[Any] | None = None
 
-    def get(self, timeout: float | None = None) -> Any:
-        """The next item, or `EXHAUSTED`. Takes as long as the loader takes."""
+    def get(self, slot: Slot, timeout: float | None = None) -> None:
+        """Put the next item into an empty slot. Takes as long as the loader takes.
+
+        Raises:
+            BaseException: whatever the loader raised. If `found(slot)` is `DIED` it was asked for an
+                item and cannot be asked again; otherwise the exception came before or after that.
+        """
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        return next(self._iterator, EXHAUSTED)
+        slot.extend(chain((_ASKED,), islice(self._iterator, 1), (EXHAUSTED,)))
 
     def close(self) -> None:
         """Let go of the loader."""
@@ -31,61 +61,58 @@ class PulledSource:
 
 
 class ThreadedSource:
-    """Reads the loader in a thread, one item ahead, so that waiting for it can end in time."""
+    """Reads the loader in a thread, an item or two ahead, so that waiting for it can end in time."""
 
-    _GLANCE = 0.05  # seconds between looks at whether to stop
+    _AHEAD = 2  # items waiting, past which no more are asked for
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self._items: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self._stop = Event()
-        self._ended = False
-        self._thread = Thread(target=self._read, args=(loader,), daemon=True)
+        self._requests: SimpleQueue[bool] = SimpleQueue()
+        self._items: SimpleQueue[Slot] = SimpleQueue()
+        self._errors: list[BaseException] = []
+        queues = self._requests, self._items, self._errors
+        self._thread = Thread(target=_read, args=(loader, *queues), daemon=True)
         self._thread.start()
+        self._requests.put(True)
 
-    def get(self, timeout: float | None = None) -> Any:
-        """The next item, `EXHAUSTED`, or None if none came within `timeout` seconds.
+    def get(self, slot: Slot, timeout: float | None = None) -> None:
+        """Put the next item into an empty slot, if one comes within `timeout` seconds.
 
         Raises:
-            Exception: whatever the loader raised.
+            BaseException: as `PulledSource.get`.
+            RuntimeError: the reading thread is gone, as in a forked child.
         """
-        if self._ended:
-            return EXHAUSTED
+        if self._requests.empty() and self._items.qsize() < self._AHEAD:
+            self._requests.put(True)  # one too many after an interrupt does no harm
+        if not self._thread.is_alive() and self._items.empty():
+            raise RuntimeError("the loader's reading thread is gone; a fork leaves it behind")
         try:
-            item = self._items.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        self._ended = item is EXHAUSTED or isinstance(item, _Failure)
-        if isinstance(item, _Failure):
-            raise item.error
-        return item
+            slot.extend(chain.from_iterable(map(self._items.get, (True,), (timeout,))))
+        except Empty:
+            return
+        if found(slot) is DIED:
+            raise self._errors[0]
 
     def close(self) -> None:
         """Stop reading. A loader in the middle of an item finishes it in the background."""
-        self._stop.set()
-        self._ended = True
+        self._requests.put(False)
 
-    def _read(self, loader: Iterable[Any]) -> None:
+
+def _read(
+    loader: Iterable[Any],
+    requests: SimpleQueue[bool],
+    items: SimpleQueue[Slot],
+    errors: list[BaseException],
+) -> None:
+    """Answer each request with a filled slot, until there are no more items or no more requests."""
+    source = PulledSource(loader)
+    while requests.get():
+        slot: Slot = deque()
         try:
-            for item in loader:
-                if not self._put(item):
-                    return
-            self._put(EXHAUSTED)
+            source.get(slot)
         except BaseException as error:
-            self._put(_Failure(error))
-
-    def _put(self, item: Any) -> bool:
-        """Hand over an item; False when told to stop."""
-        while not self._stop.is_set():
-            try:
-                self._items.put(item, timeout=self._GLANCE)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-
-class _Failure:
-    """An exception on its way from the reading thread."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+            errors.append(error)
+            slot = deque([_ASKED])
+        items.put(slot)
+        item = found(slot)
+        if item is DIED or item is EXHAUSTED:
+            return

@@ -8,9 +8,9 @@ makes room for new images, and a segment runs when a full batch waits for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from threading import RLock
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +18,17 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.inference.engine import Engine
-from lgvit_fast.inference.reader import EXHAUSTED, PulledSource, ThreadedSource
+from lgvit_fast.inference.reader import (
+    DIED,
+    EXHAUSTED,
+    NOTHING,
+    PulledSource,
+    Slot,
+    ThreadedSource,
+    found,
+)
 from lgvit_fast.inference.report import Report, Tally
+from lgvit_fast.inference.turns import add_lock, take_turn
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
@@ -59,14 +68,38 @@ class _Ticket(NamedTuple):
     nonfinite: bool = False
 
 
+class _State(NamedTuple):
+    """Where every image is. Replaced as a whole, so that an interrupt finds it before or after."""
+
+    slot: Slot  # what the loader gave and has not been taken in; a source fills it
+    intake: list[_Ticket]  # of the loader's last batch, what has no room yet
+    queues: list[list[_Ticket]]
+    held: dict[int, Answer]  # finished, but an earlier image is not
+    ready: list[Answer]  # to be given, in this order
+    given: int = 0  # how many of `ready` have been
+    accepted: int = 0
+    due: int = 0  # the image whose answer follows those in `ready`, if answers come in input order
+    image_size: tuple[int, int] = (0, 0)
+    ended: bool = False  # the loader is asked no more
+    failure: Exception | None = None  # raised when everything before it has been given
+
+    @property
+    def on_their_way(self) -> int:
+        return len(self.intake) + sum(map(len, self.queues))
+
+
 class Stream(Iterator[Answer]):
     """Iterator of answers; made by `stream`. One image each, exactly once.
 
     An exception from the loader, or a batch the model cannot take, is raised after every image before
-    it has been answered. Any other exception (an interrupt, a policy that fails) comes at once and
-    loses nothing: iterating on continues, and `close` gives what is finished. Threads that share a
-    stream take turns.
+    it has been answered; then the stream is at its end. Any other exception (an interrupt, a policy
+    that fails) comes at once and loses nothing, whenever it comes: iterating on continues, and `close`
+    gives what is finished. Two things end it: an interrupt inside the loader's own code, after which
+    nobody knows what the loader would give next, and a step that fails 8 times in a row. Both raise a
+    RuntimeError that says how many images were answered. Threads that share a stream take turns.
     """
+
+    _MAX_FAILURES = 8
 
     def __init__(
         self,
@@ -81,30 +114,39 @@ class Stream(Iterator[Answer]):
     ) -> None:
         self._engine, self._batch_size, self._order = engine, batch_size, order
         self._policy, self._max_wait, self._max_pending = policy, max_wait, max_pending
-        self._clock, self._lock = clock, RLock()
+        self._clock = clock
+        self._lock: Any
+        add_lock(self)
         self._source = PulledSource(loader) if max_wait is None else ThreadedSource(loader)
-        self._intake: list[_Ticket] = []  # of the loader's last batch, what has no room yet
-        self._queues: list[list[_Ticket]] = [[] for _ in range(len(engine.exits) + 1)]
-        self._finished: dict[int, Answer] = {}
-        self._accepted = self._delivered = 0
+        self._state = _State(deque(), [], [[] for _ in range(len(engine.exits) + 1)], {}, [])
         self._running: tuple[Segment, ...] = ()
-        self._image_size = (0, 0)
-        self._exhausted = False
-        self._failure: Exception | None = None
+        self._failures = 0  # in a row
+        self._told = False
         self._tally = Tally((*engine.exits, engine.model.num_blocks))
 
     def __next__(self) -> Answer:
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            while True:
-                answer = self._deliverable()
-                if answer is not None:
-                    return answer
-                if not self._advance():
-                    self._source.close()
-                    if self._failure is not None:
-                        failure, self._failure = self._failure, None
-                        raise failure
-                    raise StopIteration
+        answer = None
+        try:
+            with take_turn(self, "the stream"), torch.inference_mode(False), torch.no_grad():
+                while self._state.given == len(self._state.ready):
+                    if not self._step():
+                        break
+                else:
+                    state = self._state
+                    answer = state.ready[state.given]
+                    self._state = state._replace(given=state.given + 1)
+            if answer is not None:
+                return answer
+        except BaseException:
+            if answer is not None:
+                self._take_back(answer)
+            raise
+        self._source.close()
+        failure = self._state.failure
+        if failure is None or self._told:
+            raise StopIteration
+        self._told = True
+        raise failure
 
     def report(self) -> Report:
         """Occupancy so far: batches and images of each segment, runs below a full batch."""
@@ -112,13 +154,21 @@ class Stream(Iterator[Answer]):
 
     def close(self) -> list[Answer]:
         """Stop: take no more images, drop those on their way, give the finished ones not yet given."""
-        with self._lock:
+        with take_turn(self, "the stream"):
             self._source.close()
-            self._exhausted = True
-            self._intake, self._queues = [], [[] for _ in self._queues]
-            rest = [self._finished.pop(index) for index in sorted(self._finished)]
-            self._delivered += len(rest)
-            return rest
+            state = self._state
+            rest = [*state.ready[state.given :], *state.held.values()]
+            self._state = state._replace(
+                slot=deque(),
+                intake=[],
+                queues=[[] for _ in state.queues],
+                held={},
+                ready=[],
+                given=0,
+                ended=True,
+                failure=None,
+            )
+            return sorted(rest, key=lambda answer: answer.index)
 
     def __enter__(self) -> Stream:
         return self
@@ -135,36 +185,58 @@ class Stream(Iterator[Answer]):
         if hasattr(self, "_source"):
             self._source.close()
 
-    def _deliverable(self) -> Answer | None:
-        if self._order == "completion" and self._finished:
-            index = next(iter(self._finished))
-        elif self._delivered in self._finished:
-            index = self._delivered
-        else:
-            return None
-        self._delivered += 1
-        return self._finished.pop(index)
+    def _take_back(self, answer: Answer) -> None:
+        """Keep an answer that an interrupt stopped on its way out, to be given first."""
+        with self._lock:
+            state = self._state
+            waiting = state.ready[state.given :]
+            if not any(other is answer for other in waiting):
+                self._state = state._replace(ready=[answer, *waiting], given=0)
+
+    def _step(self) -> bool:
+        """`_advance`, which gives up when it fails too often in a row."""
+        try:
+            going = self._advance()
+        except Exception as error:
+            self._failures += 1
+            if self._failures >= self._MAX_FAILURES:
+                self._give_up(error)
+            raise
+        self._failures = 0
+        return going
+
+    def _give_up(self, error: Exception) -> None:
+        state, lost = self._state, self._state.on_their_way
+        failure = RuntimeError(
+            f"the stream failed {self._failures} times in a row and stops: {state.accepted - lost}"
+            f" images were answered, {lost} that were taken in were not; the last error was"
+            f" {type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+        queues: list[list[_Ticket]] = [[] for _ in state.queues]
+        self._state = state._replace(intake=[], queues=queues, ended=True, failure=failure)
 
     def _advance(self) -> bool:
         """Run a segment or take in images; False when there is nothing left to do."""
-        for place in reversed(range(len(self._queues))):  # the deepest first: it makes room
-            if len(self._queues[place]) >= self._batch_size:
+        state = self._state
+        for place in reversed(range(len(state.queues))):  # the deepest first: it makes room
+            if len(state.queues[place]) >= self._batch_size:
                 self._run(place)
                 return True
         patience = self._patience()
         if patience is not None and patience <= 0:
             self._run(self._oldest()[1], forced=True)
             return True
-        if not self._intake and not self._exhausted:
+        if not state.intake and not state.ended:
             self._accept(patience)
-        waiting = [place for place, queue in enumerate(self._queues) if queue]
-        if self._intake:
-            _, height, width = self._intake[0].tokens.shape
-            if (height, width) == self._image_size or not waiting:
-                self._image_size = (height, width)
-                self._enqueue()
+            state = self._state
+        waiting = [place for place, queue in enumerate(state.queues) if queue]
+        if state.intake:
+            _, height, width = state.intake[0].tokens.shape
+            if (height, width) == state.image_size or not waiting:
+                self._enqueue((height, width))
                 return True  # else those of another size go first
-        elif not self._exhausted:
+        elif not state.ended:
             return True  # nothing came in time
         if waiting:  # the shallowest first, so that the deeper ones fill up
             self._run(waiting[0], forced=True)
@@ -172,62 +244,88 @@ class Stream(Iterator[Answer]):
 
     def _oldest(self) -> tuple[_Ticket, int]:
         """The image that came first of all that wait, and the place of its queue."""
-        tickets = ((t, place) for place, queue in enumerate(self._queues) for t in queue)
+        tickets = ((t, place) for place, queue in enumerate(self._state.queues) for t in queue)
         return min(tickets, key=lambda pair: pair[0].number)
 
     def _patience(self) -> float | None:
         """Seconds until somebody has waited enough; None: nobody waits for time."""
-        if not any(self._queues):
+        if not any(self._state.queues):
             return None
         ticket, _ = self._oldest()
-        if self._accepted - ticket.number > self._max_pending:
+        if self._state.accepted - ticket.number > self._max_pending:
             return 0.0
         if self._max_wait is None:
             return None
         return ticket.since + self._max_wait - self._clock()
 
     def _accept(self, patience: float | None) -> None:
-        """Take a batch from the loader, if one comes in time."""
+        """Take in a batch from the loader, if one comes in time."""
+        slot = self._state.slot
+        if not slot:
+            try:
+                self._source.get(slot, patience)
+            except Exception as error:
+                if found(slot) is not DIED:
+                    raise
+                return self._fail(error)
+        item = found(slot)
+        if item is NOTHING:
+            return None
+        if item is EXHAUSTED:
+            self._state = self._state._replace(ended=True)
+            return None
+        if item is DIED:
+            return self._fail(RuntimeError("the loader was interrupted and cannot be read on"))
         try:
-            item = self._source.get(patience)
-            if item is EXHAUSTED:
-                self._exhausted = True
-            elif item is not None:
-                images, targets = _split(item)
-                images = self._to_model(images)
-                self._engine.model.admit(images, self._policy)
-                first, last, now = self._accepted, self._accepted + len(images), self._clock()
-                state = self._policy.part(first, last).start(len(images), images.device)
-                rows = zip(images.unbind(), state.unbind(), strict=True)
-                intake = [_Ticket(first + i, targets[i], now, *row) for i, row in enumerate(rows)]
-                self._intake, self._accepted = intake, last
+            return self._take_in(item)
         except Exception as error:
-            error.add_note(f"in a stream, after {self._accepted} images")
-            self._failure, self._exhausted = error, True
+            if self._state.slot is not slot:
+                raise  # it came after the images were taken in
+            try:
+                self._take_in(item)
+            except Exception as again:
+                return self._fail(again)
+            raise error  # the batch is fine: the exception came from outside
 
-    def _enqueue(self) -> None:
+    def _fail(self, failure: Exception) -> None:
+        failure.add_note(f"in a stream, after {self._state.accepted} images")
+        self._state = self._state._replace(ended=True, failure=failure)
+
+    def _take_in(self, item: Any) -> None:
+        """Make tickets of a loader's batch."""
+        images, targets = _split(item)
+        images = self._to_model(images)
+        self._engine.model.admit(images, self._policy)
+        state = self._state
+        first, last, now = state.accepted, state.accepted + len(images), self._clock()
+        starts = self._policy.part(first, last).start(len(images), images.device)
+        rows = zip(images.unbind(), starts.unbind(), strict=True)
+        intake = [_Ticket(first + i, targets[i], now, *row) for i, row in enumerate(rows)]
+        self._state = state._replace(slot=deque(), intake=intake, accepted=last)
+
+    def _enqueue(self, image_size: tuple[int, int]) -> None:
         """Fill the first queue up to a batch, with copies: the loader may use its memory again."""
-        queue, *others = self._queues
+        state = self._state
+        queue, *others = state.queues
         space = self._batch_size - len(queue)
-        images = torch.stack([ticket.tokens for ticket in self._intake[:space]]).unbind()
-        joined = [t._replace(tokens=image) for t, image in zip(self._intake, images, strict=False)]
-        queues, rest = [queue + joined, *others], self._intake[space:]
-        self._queues, self._intake = queues, rest
+        images = torch.stack([ticket.tokens for ticket in state.intake[:space]]).unbind()
+        joined = [t._replace(tokens=image) for t, image in zip(state.intake, images, strict=False)]
+        queues, intake = [queue + joined, *others], state.intake[space:]
+        self._state = state._replace(queues=queues, intake=intake, image_size=image_size)
 
-    def _to_model(self, images: Any) -> Any:
-        if not isinstance(images, Tensor):
-            return images
+    def _to_model(self, images: Tensor) -> Tensor:
         parameter = next(self._engine.model.parameters())
         dtype = parameter.dtype if images.is_floating_point() else images.dtype
         return images.to(parameter.device, dtype, non_blocking=True)
 
     def _run(self, place: int, forced: bool = False) -> None:
         """Run a segment on what waits for it, at most a batch. Changes nothing if it fails."""
-        segment, queue = self._segments()[place], self._queues[place]
+        before = self._state
+        segment, queue = self._segments()[place], before.queues[place]
         batch, rest = queue[: self._batch_size], queue[self._batch_size :]
         tokens = torch.stack([ticket.tokens for ticket in batch])
         state = torch.stack([ticket.state for ticket in batch])
-        tokens, step = segment(tokens, state, self._image_size, self._policy)
+        tokens, step = segment(tokens, state, before.image_size, self._policy)
         left, valid = torch.stack((step.leave, step.valid)).tolist()  # the one wait
 
         batch = [
@@ -237,28 +335,39 @@ class Stream(Iterator[Answer]):
         gone = [i for i, leaves in enumerate(left) if leaves]
         stay = [i for i, leaves in enumerate(left) if not leaves]
         leavers = zip([batch[i] for i in gone], step.logits[gone].unbind(), strict=True)
-        answers = {
-            t.number: Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target)
+        answers = [
+            Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target)
             for t, row in leavers
-        }
+        ]
         survivors = zip(tokens[stay].unbind(), state[stay].unbind(), strict=True)
         joined = [
             batch[i]._replace(tokens=row, state=kept)
             for i, (row, kept) in zip(stay, survivors, strict=True)
         ]
-        queues, finished = list(self._queues), {**self._finished, **answers}
+        queues = list(before.queues)
         queues[place] = rest
         if joined:
             queues[place + 1] = queues[place + 1] + joined
-        # One statement without a call: an interrupt comes before or after it, never inside.
-        self._queues, self._finished = queues, finished
+        self._state = self._finish(before, answers)._replace(queues=queues)
         self._tally.add(place, len(batch))
         self._tally.forced += forced
+
+    def _finish(self, state: _State, answers: list[Answer]) -> _State:
+        """The state with these answers finished, those ready that may be given."""
+        ready, held, due = state.ready[state.given :], state.held, state.due
+        if self._order == "completion":
+            ready = ready + answers
+        else:
+            held = {**held, **{answer.index: answer for answer in answers}}
+            while due in held:
+                ready.append(held.pop(due))
+                due += 1
+        return state._replace(ready=ready, given=0, held=held, due=due)
 
     def _segments(self) -> tuple[Segment, ...]:
         segments = self._engine.segments
         if segments is not self._running:
-            on_their_way = sum(map(len, self._queues[1:]))
+            on_their_way = sum(map(len, self._state.queues[1:]))
             if on_their_way:
                 raise RuntimeError(
                     f"the model changed while {on_their_way} images were on their way through it"
@@ -283,8 +392,10 @@ def stream(
 
     Args:
         model: in eval mode, or an `Engine` made of it.
-        loader: iterable of `[B, channels, height, width]` batches, or of tuples that begin with one;
-            any B. It is asked only when there is room.
+        loader: iterable of batches: images `[B, channels, height, width]`; tuples that begin with them,
+            what follows being the targets; or dicts of images under "image", "images" or
+            "pixel_values" and targets, if any, under "label", "labels", "target" or "targets". Any
+            B. It is asked only when there is room.
         batch_size: images a segment waits for.
         order: "input": answers come in the loader's order; "completion": as soon as they are there.
         policy: None takes the model's as it is now. A `Replay` scripts the whole stream.
@@ -311,16 +422,55 @@ def stream(
     return Stream(engine, loader, batch_size, order, chosen, max_wait, max_pending)
 
 
-def _split(item: Any) -> tuple[Any, Any]:
-    """Images and what comes with each of them."""
-    if not isinstance(item, tuple | list):
-        return item, _Nothing()
-    images, *rest = item
+_IMAGE_KEYS = ("image", "images", "pixel_values")
+_TARGET_KEYS = ("label", "labels", "target", "targets")
+
+
+def _split(item: Any) -> tuple[Tensor, Any]:
+    """A loader's item as images, and what can be indexed for each one's target.
+
+    Raises:
+        ValueError: it is none of what `stream` takes.
+    """
+    if isinstance(item, Mapping):
+        images, rest = _named(item)
+    elif isinstance(item, tuple | list) and item:
+        images, *rest = item
+    else:
+        images, rest = item, []
+    if not isinstance(images, Tensor) or not images.dim():
+        raise ValueError(
+            f"the loader gave {_kind(item)}, expected images [B, channels, height, width] as a tensor,"
+            " a tuple that begins with them, or a dict with them under one of "
+            + ", ".join(map(repr, _IMAGE_KEYS))
+        )
+    sizes = [len(part) if hasattr(part, "__len__") else _kind(part) for part in rest]
+    if any(size != len(images) for size in sizes):
+        raise ValueError(f"{len(images)} images came with {sizes} targets")
     if not rest:
         return images, _Nothing()
-    if any(len(part) != len(images) for part in rest):
-        raise ValueError(f"{len(images)} images came with {[len(part) for part in rest]} targets")
     return images, rest[0] if len(rest) == 1 else list(zip(*rest, strict=True))
+
+
+def _named(batch: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
+    """Images and targets of a dict."""
+    unknown = [key for key in batch if key not in _IMAGE_KEYS + _TARGET_KEYS]
+    images = [batch[key] for key in _IMAGE_KEYS if key in batch]
+    targets = [batch[key] for key in _TARGET_KEYS if key in batch]
+    if unknown or len(images) != 1 or len(targets) > 1:
+        raise ValueError(
+            f"the loader gave a dict with the keys {list(batch)}, expected one of"
+            f" {', '.join(map(repr, _IMAGE_KEYS))}, at most one of"
+            f" {', '.join(map(repr, _TARGET_KEYS))}, and no others"
+        )
+    return images[0], targets
+
+
+def _kind(item: Any) -> str:
+    """What an item is, in a few words."""
+    if isinstance(item, tuple | list):
+        return f"{type(item).__name__} of {', '.join(map(_kind, item[:3])) or 'nothing'}"
+    return "None" if item is None else type(item).__name__
 
 
 class _Nothing:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lgvit_fast.checkpoints.files import save_text
+from lgvit_fast.text import json_line
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class RunLog:
             self._writer.close()
 
     def _write(self, kind: str, update: int, values: dict[str, Any], more: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "update": update, **values, **more}) + "\n")
+        self._file.write(json_line({"kind": kind, "update": update, **values, **more}) + "\n")
         self._file.flush()
         if self._writer is None:
             return

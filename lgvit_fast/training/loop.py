@@ -201,44 +201,85 @@ class _StageRun:
     def _epoch(self) -> None:
         progress, accumulate = self.progress, self.stage.accumulate
         batches = self.loader.epoch(progress.epoch, progress.step)
+        trained = progress.step > 0
         while progress.step < len(self.loader):
             count = min(accumulate, len(self.loader) - progress.step)
             values, images = self._update(batches, count)
             progress.step += count
             progress.update += 1
+            trained = trained or bool(values)
             if self.log is not None:
                 self.log.advance(images)
             last = progress.step >= len(self.loader)
-            if progress.update % self.config.log_every == 0 or last:
+            if values and (progress.update % self.config.log_every == 0 or last):
                 self._log_values(values)
             every = self.config.save_every
             if every and progress.update % every == 0 and not last:
-                self._check_finite(float(values["loss"]))
+                if values:
+                    self._check_finite(float(values["loss"]))
                 self._save()
+        if not trained:
+            raise BadImageError(f"no batch of epoch {progress.epoch + 1} holds a readable image")
 
     def _update(self, batches: Iterator[Batch], count: int) -> tuple[dict[str, Tensor], int]:
-        """One optimizer update over `count` batches; the mean of its values, and its images."""
-        progress, totals, seen = self.progress, dict[str, Tensor](), 0
-        for micro in range(count):
-            images, targets = self._to_device(next(batches))
+        """One optimizer update over `count` batches; the mean of its values, and its images.
+
+        Batches without a readable image are left out of the mean. If there is no other, nothing is
+        updated, and there are no values.
+        """
+        progress, totals, seen, used = self.progress, dict[str, Tensor](), 0, 0
+        for micro, images, targets, last in self._readable(batches, count):
+            used += 1
             seen += len(targets) * self.process.world_size
+            if last and used < count:  # so far everything was divided by `count`
+                self._rescale(count / used)
+                totals = {term: value * (count / used) for term, value in totals.items()}
+                count = used
             key = (self.name, progress.epoch, progress.step + micro, self.process.rank)
             seed_all(self.config.seed, *key)
             images, targets = self._mix(images, targets)
-            last = micro == count - 1
             with nullcontext() if last else self._no_sync():
                 with self._autocast():
                     loss, terms = self.objective(images, targets, progress.update)
                 self._backward(loss / count, step=last)
             for term, value in {"loss": loss.detach(), **terms}.items():
                 totals[term] = totals.get(term, 0.0) + value / count
-        self.optimizer.zero_grad()
+        if used:
+            self.optimizer.zero_grad()
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
-        if self.ema is not None:
+        if self.ema is not None and used:
             self.ema.update(self.model, step=progress.update + 1)
         if self.scheduler is not None:  # "none"
             self.scheduler.step_update(progress.update + 1)
         return totals, seen
+
+    def _readable(
+        self, batches: Iterator[Batch], count: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, bool]]:
+        """Those of `count` batches that hold images: number, images, targets, and if it is the last."""
+        held: tuple[int, Tensor, Tensor] | None = None
+        for micro in range(count):
+            images, targets = self._to_device(next(batches))
+            if self._anybody_empty(targets):
+                continue
+            if held is not None:
+                yield *held, False
+            held = micro, images, targets
+        if held is not None:
+            yield *held, True
+
+    def _anybody_empty(self, targets: Tensor) -> bool:
+        """Whether this process, or any other, got no image: then all leave the batch out, in step."""
+        if not (self.process.distributed and self.config.skip_bad_images):
+            return not len(targets)
+        fewest = torch.tensor([len(targets)], device=self.process.device)
+        torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
+        return not int(fewest)
+
+    def _rescale(self, factor: float) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _backward(self, loss: Tensor, step: bool) -> None:
         clip, mode = self.stage.clip_grad, self.stage.clip_mode
@@ -254,16 +295,16 @@ class _StageRun:
     def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixup is None:
             return images, targets
-        even = len(images) // 2 * 2  # a skipped image can leave an odd number
-        mixed: tuple[Tensor, Tensor] = self.mixup(images[:even], targets[:even])
-        return mixed
+        count = len(images)
+        if count % 2:  # a skipped image can leave an odd number; Mixup takes pairs
+            images, targets = torch.cat([images, images[:1]]), torch.cat([targets, targets[:1]])
+        images, targets = self.mixup(images, targets)
+        return images[:count], targets[:count]
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         bad: list[BadImage] | None = [] if self.config.skip_bad_images else None
         take_bad(batch, bad)
         self.progress.bad_images += len(batch.bad)
-        if not len(batch.targets):
-            raise BadImageError(f"no image of a batch can be read; the first: {batch.bad[0].name}")
         device = self.process.device
         images = batch.images.to(device, non_blocking=True)
         return images, batch.targets.to(device, non_blocking=True)

@@ -11,6 +11,7 @@ import torch
 
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Loader
 from lgvit_fast.model import LGViT
+from lgvit_fast.text import printable
 
 __all__ = ["Accuracy", "take_bad", "validate"]
 
@@ -36,7 +37,7 @@ def validate(
     """Accuracy of every classifier, nobody leaving early. Unreadable images are added to `bad`.
 
     Raises:
-        BadImageError: at an unreadable image, if `bad` is None.
+        BadImageError: at an unreadable image, if `bad` is None; or if none of the images can be read.
     """
     was_training = model.training
     model.eval()
@@ -53,6 +54,8 @@ def validate(
         right += (answers == targets).sum(dim=1)
         count += len(targets)
     model.train(was_training)
+    if bad and not count:
+        raise BadImageError(f"no validation image can be read; the first: {bad[0].name}")
     shares = (right.double() / max(count, 1)).tolist()
     return Accuracy(tuple(shares[:-1]), shares[-1])
 
@@ -63,5 +66,5 @@ def take_bad(batch: Batch, bad: list[BadImage] | None) -> None:
         if bad is None:
             raise BadImageError(f"cannot read {image.name}: {image.reason}")
         if not bad or image not in bad:
-            logger.warning("left out %s: %s", image.name, image.reason)
+            logger.warning("left out %s", printable(f"{image.name}: {image.reason}"))
         bad.append(image)

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -132,3 +134,79 @@ def test_an_image_the_model_cannot_digest_is_reported(tmp_path, photos, capsys):
     assert main(["predict", str(tmp_path / "m"), str(photos / "deep" / "0.png")]) == 1
     (row,) = rows_of(capsys)
     assert "not finite" in row["error"]
+
+
+HOSTILE = (
+    b"\x1b[31m.png",
+    b"two\nlines.png",
+    b"caf\xe9.png",
+    "\u202egnp.png".encode(),
+    b"=1+1,2.png",
+)
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """Images with names that do harm, in the current folder."""
+    save_image(tmp_path / "here" / "0.png", 0)
+    data = (tmp_path / "here" / "0.png").read_bytes()
+    monkeypatch.chdir(tmp_path / "here")
+    os.remove("0.png")
+    for name in HOSTILE:
+        with open(name, "wb") as file:
+            file.write(data)
+    return [os.fsdecode(name) for name in HOSTILE]
+
+
+def predict_in_a_process(saved, *options, **more):
+    script = "import sys; from lgvit_fast.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, "predict", saved, *options],
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"},
+        **more,
+    )
+
+
+def test_hostile_names_in_json_lines(saved, hostile):
+    done = predict_in_a_process(saved, "-", input=b"\n".join(HOSTILE[:1] + HOSTILE[2:]) + b"\n")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.isascii() and line.decode().isprintable() for line in lines)
+    assert [json.loads(line)["path"] for line in lines] == hostile[:1] + hostile[2:]
+
+
+def test_hostile_names_in_csv(saved, hostile, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"".join(b"@kind\x1b\xff %d\n" % n for n in range(7)))
+    paths = [*HOSTILE, b"gone\x1b.png"]
+    options = ("--format", "csv", "--csv-safe", "--class-map", str(names))
+    done = predict_in_a_process(saved, *map(os.fsdecode, paths), *options)
+    assert done.returncode == 1
+    text = done.stdout.decode()
+    assert all(line.isprintable() for line in text.split("\n"))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["path"] for row in rows] == [
+        "\\x1b[31m.png", "two\\nlines.png", "caf\\udce9.png", "\\u202egnp.png", "'=1+1,2.png",
+        "gone\\x1b.png",
+    ]  # fmt: skip
+    assert all(row["label"].startswith("'@kind\\x1b\\udcff ") for row in rows[:5])
+    assert "FileNotFoundError" in rows[5]["error"]
+
+
+def test_hostile_names_in_error_lines(saved, capsys):
+    assert main(["predict", "no\x1b[2Jmodel", "x.png"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_an_error_line(saved, tmp_path, capsys):
+    save_image(tmp_path / "in" / "0.png", 0)
+    os.mkfifo(tmp_path / "in" / "1.png")
+    (tmp_path / "in" / "2.png").symlink_to("/dev/zero")
+    assert main(["predict", saved, str(tmp_path / "in")]) == 1
+    rows = rows_of(capsys)
+    assert ["error" in row for row in rows] == [False, True, True]
+    assert "a FIFO, expected an image file" in rows[1]["error"]
+    assert "a device, expected an image file" in rows[2]["error"]

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import threading
 import time
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import lgvit_fast
 from lgvit_fast.inference import Engine, stream
+from tests.fuzz import stream_fuzz
 from tests.helpers import images, tiny_model
 
 NUM_EXITS = 3
@@ -125,7 +127,11 @@ def test_an_interrupted_loader_still_delivers_what_it_gave(model, engine):
     with pytest.raises(KeyboardInterrupt):
         for answer in running:
             answers.append(answer)
-    answers += running
+    with pytest.raises(RuntimeError, match="the loader was interrupted") as caught:
+        for answer in running:
+            answers.append(answer)
+    assert "after 16 images" in caught.value.__notes__[0]
+    assert list(running) == []
     assert_answers(answers, model, lgvit_fast.Patience(2), 16)
 
 
@@ -133,7 +139,7 @@ def test_an_interrupted_loader_still_delivers_what_it_gave(model, engine):
 def test_close_gives_the_finished_ones(model, engine):
     script = [3] + [0] * 15  # the first holds all others back
     with stream(engine, loader([16]), 4, policy=lgvit_fast.Replay(script)) as running:
-        while not running._finished:
+        while not running._state.held:
             running._advance()
         rest = running.close()
         assert rest and all(a.index > 0 and a.exit_index == 0 for a in rest)
@@ -163,10 +169,8 @@ def test_held_back_answers_are_bounded(engine, max_pending):
     running = stream(engine, loader([4] * 16), 4, policy=script, max_pending=max_pending)
     most = 0
     while running._advance():
-        most = max(most, len(running._finished))
-        while running._deliverable():
-            pass
-    assert most <= max_pending + 8
+        most = max(most, len(running._state.held))
+    assert 0 < most <= max_pending + 8
 
 
 def test_full_batches_in_the_middle_of_a_stream(engine):
@@ -304,3 +308,121 @@ def test_images_are_converted_to_the_models_dtype(engine, model):
 def test_bad_arguments(model, options, match):
     with pytest.raises(ValueError, match=match):
         stream(model, [], **options)
+
+
+# ------------------------------------------------------------------- interrupts, broken loaders
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        stream_fuzz.Case(order="input"),
+        stream_fuzz.Case(order="completion", generator=True),
+        stream_fuzz.Case(threaded=True, error=TimeoutError),
+    ],
+    ids=["list", "generator", "thread"],
+)
+def test_an_interrupt_at_any_bytecode_loses_nothing(case):
+    """At each bytecode of the stream's code in turn; then the stream goes on."""
+    assert stream_fuzz.walk(dataclasses.replace(case, sizes=(2, 1), batch_size=2)) > 1000
+
+
+def test_random_interrupts_lose_nothing():
+    found = stream_fuzz.run(120, seed=5)
+    assert found["failures"] == 0
+    assert found["interrupts"] > 100 and found["images"] > 500
+
+
+@pytest.mark.parametrize("max_wait", [None, 60.0], ids=["pulled", "threaded"])
+def test_an_interrupted_generator_is_no_end_of_the_data(engine, max_wait):
+    broken = loader([5, 5, 5], fail_after=2, error=KeyboardInterrupt)
+    running = stream(engine, broken, 4, max_wait=max_wait)
+    answers, errors = [], []
+    while True:
+        try:
+            answers.append(next(running).index)
+        except StopIteration:
+            break
+        except BaseException as error:
+            errors.append(error)
+    assert answers == list(range(10))
+    assert [type(error) for error in errors] == [KeyboardInterrupt, RuntimeError]
+    assert "the loader was interrupted and cannot be read on" in str(errors[1])
+    assert errors[1].__notes__ == ["in a stream, after 10 images"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("max_wait", [None, 0.01], ids=["pulled", "threaded"])
+@pytest.mark.parametrize(
+    ("item", "match"),
+    [
+        (None, "the loader gave None, expected images"),
+        ("cat.png", "the loader gave str, expected images"),
+        ((), "the loader gave tuple of nothing, expected images"),
+        ([None, 1], "the loader gave list of None, int, expected images"),
+        (torch.tensor(3.0), "the loader gave Tensor, expected images"),
+        ((POOL[:2], 7), r"2 images came with \['int'\] targets"),
+        ({"image": POOL[:2], "depth": POOL[:2]}, r"the keys \['image', 'depth'\], expected one of"),
+        ({"label": [1]}, r"the keys \['label'\], expected one of 'image', 'images', 'pixel_val"),
+        ({"image": POOL[:2], "label": [1]}, r"2 images came with \[1\] targets"),
+    ],
+    ids=str,
+)
+def test_wrong_items_end_in_an_error(engine, item, match, max_wait):
+    running = stream(engine, [POOL[:3], item, POOL[:3]], 4, max_wait=max_wait)
+    answers = []
+    with pytest.raises(ValueError, match=match) as caught:
+        for answer in running:
+            answers.append(answer.index)
+    assert answers == [0, 1, 2]
+    assert caught.value.__notes__ == ["in a stream, after 3 images"]
+    assert list(running) == []
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("pixel_values", "labels")])
+def test_dict_batches(engine, model, names):
+    batches = [dict(zip(names, batch, strict=True)) for batch in loader([5, 3])]
+    answers = list(stream(engine, batches, 4, policy=lgvit_fast.Patience(2)))
+    assert_answers(answers, model, lgvit_fast.Patience(2), 8)
+    assert [a.target for a in stream(engine, [{"images": POOL[:2]}], 4)] == [None, None]
+
+
+@pytest.mark.timeout(60)
+def test_a_batch_that_always_fails_ends_the_stream(engine):
+    class Failing(lgvit_fast.Confidence):
+        def decide(self, leave, state, exit_index):
+            if exit_index == 1:
+                raise OSError("no answer")
+            return leave if exit_index else state[:, 0] < torch.arange(len(state)) % 2
+
+    running = stream(engine, loader([4, 4, 4]), 4, order="completion", policy=Failing(0.5))
+    answers, errors = [], []
+    while True:
+        try:
+            answers.append(next(running).index)
+        except StopIteration:
+            break
+        except Exception as error:
+            errors.append(error)
+    assert len(errors) <= 10
+    assert all(isinstance(error, OSError) for error in errors[:-1])
+    given_up = 12 - len(answers)
+    assert 0 < given_up <= 12
+    assert f"8 times in a row and stops: {len(answers)} images were answered" in str(errors[-1])
+    assert "OSError: no answer" in str(errors[-1])
+
+
+@pytest.mark.parametrize("max_wait", [None, 60.0], ids=["pulled", "threaded"])
+def test_a_loader_that_cannot_be_iterated(engine, max_wait):
+    running = stream(engine, 3, 4, max_wait=max_wait)
+    errors = []
+    for _ in range(20):
+        try:
+            next(running)
+        except StopIteration:
+            break
+        except (TypeError, RuntimeError) as error:
+            errors.append(error)
+    else:
+        pytest.fail("it does not end")
+    assert "'int' object is not iterable" in str(errors[0])

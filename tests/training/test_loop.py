@@ -13,9 +13,9 @@ from PIL import Image
 
 import lgvit_fast
 from lgvit_fast.checkpoints.files import load_weights
-from lgvit_fast.data import BadImageError, Digits, InputSpec
-from lgvit_fast.data.batches import Batches, Loader
+from lgvit_fast.data import BadImage, BadImageError, Batch, Batches, Digits, InputSpec, Loader
 from lgvit_fast.training import loop, train, validate
+from lgvit_fast.training.process import Process
 from lgvit_fast.training.stages import Stage2
 
 ONE_EPOCH = {"stage1": {"epochs": 1, "warmup_epochs": 0}, "stage2": {"epochs": 1}}
@@ -246,11 +246,76 @@ def test_bad_images_can_be_skipped_and_are_counted(on_folder, image_folder, capl
     assert "stage1 left out 1 unreadable images" in caplog.text
 
 
-def test_a_batch_without_any_readable_image_stops(on_folder, image_folder):
+def test_no_readable_image_at_all_stops(on_folder, image_folder):
     for path in image_folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(BadImageError, match="no image of a batch can be read"):
+    with pytest.raises(BadImageError, match="no batch of epoch 1 holds a readable image"):
         train(on_folder(skip_bad_images=True))
+
+
+def test_no_readable_validation_image_stops(on_folder, image_folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.png").write_bytes(b"")
+    with pytest.raises(BadImageError, match="no validation image can be read; the first: "):
+        train(on_folder(skip_bad_images=True, val_data=str(tmp_path / "val")))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_batches_without_a_readable_image_are_left_out(accumulate, on_folder, image_folder):
+    """23 of 24 images are bad: of six batches of four, five are empty and one holds one image."""
+    for path in sorted(image_folder.rglob("*.png"))[1:]:
+        path.write_bytes(b"")
+    stage = {"epochs": 2, "warmup_epochs": 0, "accumulate": accumulate}
+    result = train(on_folder(skip_bad_images=True, stage1=stage, mixup=0.8, cutmix=1.0))
+    assert result.stages["stage1"].bad_images == 46
+    assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values())
+
+
+def test_an_empty_batch_changes_nothing_of_an_accumulated_update(small_config, monkeypatch):
+    """The update is that of the batches that hold images, wherever the empty one stands."""
+    weights = []
+    for empty in (None, 0, 1, 2):
+        asked = iter(range(1000))
+
+        class Source(Digits):
+            def __getitems__(self, keys):
+                batch = super().__getitems__(keys)
+                if self.augment and next(asked) == empty:  # noqa: B023
+                    return Batch(torch.empty(0), batch.targets[:0], [BadImage("x.png", "bad")])
+                return Batch(self.images[:128].repeat(1, 1, 2, 2), self.targets[:128], [])
+
+        monkeypatch.setattr("lgvit_fast.training.datasets.Digits", Source)
+        config = small_config(
+            f"without {empty}",
+            skip_bad_images=True,
+            batch_size=450,
+            stage1={"epochs": 1, "warmup_epochs": 0, "accumulate": 3, "opt": "sgd", "lr": 1e-2},
+        )
+        config.model_kwargs.update(proj_drop_rate=0.0, drop_path_rate=0.0)
+        train(config)
+        path = Path(config.output) / "stage1" / "best" / "model.safetensors"
+        weights.append(load_weights(path)["head.weight"])
+    assert len(Source("train", InputSpec(1, (16, 16), (0.5,), (0.5,)))) // 450 == 3
+    for changed in weights[1:]:
+        torch.testing.assert_close(changed, weights[0], rtol=1e-4, atol=1e-6)
+
+
+def test_mixup_of_one_image_is_that_image(small_config):
+    config = small_config(mixup=0.8, cutmix=1.0)
+    model = lgvit_fast.create_model(
+        config.model, exits=config.exits, num_classes=10, **config.model_kwargs
+    )
+    source = Digits("train", InputSpec.of(model.backbone))
+    run = loop._StageRun("stage1", model, (source, source), config, Process.start("cpu"))
+    for count in (1, 3, 4):
+        images, targets = torch.randn(count, 1, 16, 16), torch.arange(count)
+        mixed, soft = run._mix(images.clone(), targets)
+        assert mixed.shape == images.shape and soft.shape == (count, 10)
+        torch.testing.assert_close(soft.sum(1), torch.ones(count))
+    one, soft = run._mix(images[:1].clone(), targets[:1])
+    torch.testing.assert_close(one, images[:1])
+    assert int(soft.argmax()) == 0
 
 
 def test_a_loss_that_is_not_finite_stops(small_config):

@@ -1,0 +1,125 @@
+"""Opening image files that nobody vouches for: the one way from a file to pixels.
+
+Training, evaluation and prediction all read images here, so that the same file gives the same pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["check_file", "open_image", "upright"]
+
+MAX_BYTES = 2**30
+MAX_RATIO = 250  # of the sides; scaled to a short side of 224, more would take gigabytes
+_EPS = "EPS"  # a program for Ghostscript to run
+_KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Look, without opening it, whether a path (or what it links to) is a file of sensible size.
+
+    Raises:
+        OSError: nothing there, or not allowed.
+        ValueError: a folder, FIFO, socket or device, or more than 1 GiB.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS.items() if test(found.st_mode)), "no file")
+        raise ValueError(f"{kind}, expected an image file")
+    if found.st_size > MAX_BYTES:
+        raise ValueError(f"a file of {found.st_size} bytes, expected at most {MAX_BYTES}")
+
+
+def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = "RGB") -> Image.Image:
+    """The first picture of an image file, decoded, upright, in `mode`.
+
+    Args:
+        source: a path, or an open binary file.
+        mode: "RGB" or "L".
+
+    Raises:
+        Exception: whatever the decoder raises (`OSError`, `SyntaxError`, `RuntimeError`, ...), and
+            `ValueError` for what `check_file` refuses, PostScript, pixels that are no numbers, or
+            one side more than 250 times the other.
+    """
+    if isinstance(source, str | os.PathLike):
+        check_file(source)
+    Image.init()
+    with Image.open(source, formats=[name for name in Image.ID if name != _EPS]) as image:
+        width, height = image.size
+        if max(width, height) > MAX_RATIO * min(width, height):
+            raise ValueError(
+                f"{width} x {height} pixels: one side is over {MAX_RATIO} times the other"
+            )
+        image.load()
+        return upright(image, mode)
+
+
+def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """A decoded picture as its EXIF data says it is to be seen, in 8 bits, without that data.
+
+    Transparent pixels lie on white. 16 bits are scaled to 8; other integers and floats (but those in
+    0 to 1, or 0 to 255) are stretched from their smallest to their largest value.
+
+    Args:
+        image: of any mode.
+        mode: "RGB" or "L".
+    """
+    turn = _TURNS.get(_orientation(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bits(image)
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")  # a copy at least, which has no EXIF data of its own
+    if mode != "RGB":
+        image = image.convert(mode)
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}
+    return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF data; the pixels may be whole
+        return None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 or 32 bits, or floats, as mode L."""
+    levels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("pixels that are not finite")
+    low, high = float(levels.min()), float(levels.max())
+    if image.mode == "F":
+        top = 1.0 if high <= 1 else 255.0
+    else:
+        top = 65535.0
+    if low < 0 or high > top:
+        levels, top = levels - low, high - low
+    return Image.fromarray(np.rint(levels * (255 / top)).astype(np.uint8))
