@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -336,3 +340,66 @@ def test_workers_change_no_result(on_folder, metrics):
     left, right = (metrics(Path(config.output) / "stage1") for config in runs)
     assert left == right
     assert replace(runs[0], output="", workers=9) == replace(runs[1], output="", workers=9)
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from lgvit_fast.training import Stage1Config, TrainConfig, run
+
+torch.set_num_threads(1)
+config = TrainConfig(
+    data=sys.argv[1], val_data=sys.argv[1], output=sys.argv[2], model="vit_tiny_patch16_224",
+    model_kwargs={"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    exits=[1], batch_size=1, workers=0, tensorboard=False, progress=False, device="cpu", stage="1",
+    skip_bad_images=True, stage1=Stage1Config(epochs=1, warmup_epochs=0, accumulate=2),
+)
+train_stage = run.train_stage
+
+
+def compare(name, model, *more):
+    # the weights as training left them: afterwards every process loads the best ones
+    before = model.backbone.head.weight.detach().clone()
+    result = train_stage(name, model, *more)
+    sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    seen = [torch.zeros_like(sums) for _ in range(2)]
+    torch.distributed.all_gather(seen, sums)
+    trained = not torch.equal(before, model.backbone.head.weight)
+    print("SAME" if trained and torch.equal(*seen) else "DIFFERENT", flush=True)
+    return result
+
+
+run.train_stage = compare
+run.train(config)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_processes_stay_in_step_when_one_has_no_image(image_folder, tmp_path):
+    """Half of the images are bad, so that at batch 1 one process or the other often has none."""
+    for path in sorted(image_folder.rglob("*.png"))[::2]:
+        path.write_bytes(b"")
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(image_folder), str(tmp_path / "run")],
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        outputs = [process.communicate(timeout=100) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (out, err) in zip(running, outputs, strict=True):
+        assert process.returncode == 0, err[-2000:]
+        assert "SAME" in out
