@@ -195,9 +195,13 @@ def test_hostile_names_in_csv(saved, hostile, tmp_path):
     assert "FileNotFoundError" in rows[5]["error"]
 
 
-def test_hostile_names_in_error_lines(saved, capsys):
-    assert main(["predict", "no\x1b[2Jmodel", "x.png"]) == 1
-    assert "\x1b" not in capsys.readouterr().err
+def test_hostile_names_in_error_lines(saved, tmp_path, capsys):
+    names = tmp_path / "\x1b[2J.txt"
+    names.write_text("one\n")
+    assert main(["predict", saved, "x.png", "--class-map", str(names)]) == 2
+    error = capsys.readouterr().err
+    assert "\\x1b[2J.txt names 1 classes" in error
+    assert "\x1b" not in error
 
 
 @pytest.mark.timeout(60)
