@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import timm
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from lgvit_fast import policies
@@ -189,6 +190,31 @@ class LGViT(TimmInterface, nn.Module):
             raise RuntimeError("infer needs eval mode: call model.eval() first")
         self.adapter.check_images(images)
         return self._policy if policy is None else self.fitting(policy)
+
+    def predict(self, images: Any, *, batch_size: int = 64) -> Inference:
+        """Answer image files or PIL images, with the transform that the model was made for.
+
+        Args:
+            images: a path, a `PIL.Image.Image`, or a sequence of them.
+            batch_size: images at a time.
+
+        Returns:
+            One answer an image, on the model's device.
+
+        Raises:
+            RuntimeError: the model is in train mode.
+            ValueError: a file that is no readable image, named.
+        """
+        from lgvit_fast.data.transforms import InputSpec, to_batch
+
+        single = isinstance(images, str | os.PathLike | Image)
+        items = [images] if single else list(images)
+        spec, parameter = InputSpec.of(self.backbone), next(self.parameters())
+        answers = [
+            self.infer(to_batch(items[start : start + batch_size], spec).to(parameter))
+            for start in range(0, len(items), batch_size)
+        ]
+        return Inference.cat(answers) if answers else self.blank(0, parameter.device)
 
     @torch.compiler.disable  # a compiled model must see changed weights too
     def prepare(self) -> None:

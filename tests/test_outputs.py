@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import lgvit_fast
 from lgvit_fast import Inference, Replay
@@ -69,3 +70,21 @@ def test_an_engine_gives_the_names_too():
 
 def test_dir_lists_the_public_names_alone():
     assert dir(lgvit_fast) == sorted(lgvit_fast.__all__)
+
+
+def test_predict_takes_files_and_pictures_alike(tmp_path):
+    model = tiny_model()
+    pictures = [Image.new("RGB", (40 + n, 30), (n * 60, 90, 200 - n * 60)) for n in range(3)]
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    from_files, from_pictures = model.predict(paths, batch_size=2), model.predict(pictures)
+    assert len(from_files) == 3
+    torch.testing.assert_close(from_files.logits, from_pictures.logits)
+    assert torch.equal(model.predict(paths[1]).exit_layer, from_files[1].exit_layer)
+    assert len(model.predict([])) == 0
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"text.png cannot be read"):
+        model.predict([paths[0], tmp_path / "text.png"])
+    with pytest.raises(ValueError, match="3, expected a path"):
+        model.predict([3])

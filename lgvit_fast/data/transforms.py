@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm.data
-from torch import nn
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
-__all__ = ["InputSpec", "eval_transform"]
+from lgvit_fast.data.images import open_image, upright
+from lgvit_fast.text import printable
+
+__all__ = ["InputSpec", "eval_transform", "to_batch"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,26 @@ def eval_transform(spec: InputSpec) -> Any:
         std=spec.std,
         crop_pct=spec.crop_pct,
     )
+
+
+def to_batch(items: Sequence[str | os.PathLike[str] | Image.Image], spec: InputSpec) -> Tensor:
+    """Image files or PIL images, transformed for a model: `[n, C, H, W]` float32; at least one.
+
+    Raises:
+        ValueError: a file that is no readable image, named, or something else than a file or image.
+    """
+    transform, mode = eval_transform(spec), "L" if spec.channels == 1 else "RGB"
+
+    def read(item: Any) -> Tensor:
+        if isinstance(item, Image.Image):
+            image: Tensor = transform(upright(item, mode))
+            return image
+        if not isinstance(item, str | os.PathLike):
+            raise ValueError(f"{item!r}, expected a path or a PIL image")
+        try:
+            return cast(Tensor, transform(open_image(item, mode)))
+        except Exception as error:
+            name = printable(os.fspath(item))
+            raise ValueError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+    return torch.stack([read(item) for item in items])
