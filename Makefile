@@ -7,11 +7,13 @@ STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test lint bench gpu-check clean
+.PHONY: help install demo test test-avx2 sanitize lint bench gpu-check clean
 
 help:
 	@echo "make demo       train on real scans, exit early, and see what was gained (docs: README.md)"
 	@echo "make test       the whole test suite"
+	@echo "make test-avx2  what depends on the instruction set, held down to AVX2"
+	@echo "make sanitize   the operators' tests and fuzz on a build with address and UB sanitizers"
 	@echo "make lint       formatting, lint and types"
 	@echo "make bench      benchmarks of heads, compaction and model on this machine"
 	@echo "make gpu-check  build for this GPU, run its tests and benchmarks, write one json"
@@ -30,6 +32,23 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+test-avx2: $(STAMP)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+		--numprocesses=2 --dist=worksteal \
+		tests/ops tests/heads tests/inference tests/test_model.py tests/test_segments.py tests/test_watch.py
+
+# A package of its own in build/, so that the normal libraries stay as they are.
+SANITIZED := build/sanitize/lib
+sanitize: $(STAMP)
+	LGVIT_BUILD=cpu LGVIT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+		--force --build-base build/sanitize --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests
+	cp -r tests pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && export OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
+		python -m pytest -q tests/ops && python -m tests.fuzz.ops_fuzz 2500
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

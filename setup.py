@@ -7,6 +7,9 @@ LGVIT_BUILD chooses what to compile:
     cuda  C++ and CUDA; an error if that is not possible
     none  nothing: everything then runs on plain torch and Triton
 
+LGVIT_SANITIZE names sanitizers of the compiler to build with, as "address,undefined" (`make sanitize`).
+Of the CPU libraries only one is then built, the one that runs on most processors.
+
 TORCH_CUDA_ARCH_LIST names the GPU architectures, as for any torch extension. CUDA_HOME names the
 toolkit; without it, the one that `nvcc` on PATH belongs to is taken.
 """
@@ -141,6 +144,13 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
     }
     abi = ("LGVIT_CXX11_ABI", str(int(torch.compiled_with_cxx11_abi())))
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+    link = ["-fopenmp"]
+    sanitizers = os.environ.get("LGVIT_SANITIZE")
+    if sanitizers:
+        link = [*link, f"-fsanitize={sanitizers}"]
+        cxx = [flag for flag in cxx if flag not in ("-O3", "-g0")]
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
+        cxx += ["-fno-sanitize-recover=all"]
     modules = [
         Extension(
             "lgvit_fast._build",
@@ -154,11 +164,13 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
             "lgvit_fast._C",
             ["csrc/ops.cpp", *(sorted(glob("csrc/cuda/*.c*")) if cuda else [])],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+            extra_link_args=link,
             py_limited_api=True,  # no Python in it: operators reach Python through torch.ops
         ),
     ]
     x86 = platform.machine() in ("x86_64", "AMD64")
-    for name in ("avx2", "avx512") if x86 else ("default",):
+    names = ("avx2", "avx512") if x86 else ("default",)
+    for name in names[:1] if sanitizers else names:
         capability = name.upper()
         modules.append(
             CppExtension(
@@ -169,7 +181,7 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
                     (f"CPU_CAPABILITY_{capability}", None),
                 ],
                 extra_compile_args={"cxx": [*cxx, *CPU_FLAGS[name]]},
-                extra_link_args=["-fopenmp"],
+                extra_link_args=link,
                 py_limited_api=True,
             )
         )

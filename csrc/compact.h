@@ -3,6 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+
 namespace lgvit {
 
 // A tensor [B, ...] as B runs of bytes.
@@ -12,26 +18,64 @@ struct RowBytes {
   int64_t bytes;   // bytes of one row
 };
 
+// The memory of a tensor's rows, as addresses.
+struct Span {
+  std::string name;
+  uint64_t start, end, stride, width;
+
+  Span(std::string name, const at::Tensor& tensor) : name(std::move(name)) {
+    const uint64_t rows = tensor.dim() ? tensor.size(0) : 1, itemsize = tensor.element_size();
+    width = rows ? tensor.numel() / rows * itemsize : 0;
+    stride = tensor.dim() ? tensor.stride(0) * itemsize : 0;
+    start = reinterpret_cast<uint64_t>(tensor.storage().data()) +
+            tensor.storage_offset() * itemsize;
+    end = width ? start + (rows - 1) * stride + width : start;
+  }
+
+  // Whether a byte belongs to both; may say so of different row strides that interlock.
+  bool meets(const Span& other) const {
+    if (width == 0 || other.width == 0 || end <= other.start || other.end <= start) return false;
+    if (stride != other.stride || stride == 0) return true;
+    const uint64_t offset = (other.start % stride + stride - start % stride) % stride;
+    return !(width <= offset && offset <= stride - other.width);
+  }
+};
+
 inline void check_compact(at::TensorList tensors, const at::Tensor& keep, const at::Tensor& count) {
+  check_memory("keep", keep);
+  check_memory("count", count);
   TORCH_CHECK_VALUE(keep.dim() == 1 && keep.scalar_type() == at::kBool,
                     "keep must be bool [B], got ", keep.scalar_type(), " ", keep.sizes());
   TORCH_CHECK_VALUE(count.numel() == 1 && count.scalar_type() == at::kLong,
                     "count must be int64 [1], got ", count.scalar_type(), " ", count.sizes());
-  for (const at::Tensor& tensor : tensors) {
-    TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == keep.size(0), "expected [",
-                      keep.size(0), ", ...], got ", tensor.sizes());
-    TORCH_CHECK_VALUE(tensor.device() == keep.device(), "tensor is on ", tensor.device(),
+  const int64_t batch = keep.size(0);
+  std::vector<Span> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    const std::string name = i == 0 ? "tokens" : "companion " + std::to_string(i);
+    check_memory(name, tensor);
+    TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch, name, ": expected [", batch,
+                      ", ...], got ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.device() == keep.device(), name, " is on ", tensor.device(),
                       ", keep on ", keep.device());
+    if (tensor.numel() == 0) continue;
     int64_t expected = 1;
     for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
-      TORCH_CHECK_VALUE(tensor.size(dim) == 1 || tensor.stride(dim) == expected ||
-                            tensor.numel() == 0,
-                        "rows must be contiguous, got strides ", tensor.strides());
+      TORCH_CHECK_VALUE(tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
+                        ": rows must be contiguous, got strides ", tensor.strides());
       expected *= tensor.size(dim);
     }
-    TORCH_CHECK_VALUE(tensor.size(0) < 2 || tensor.stride(0) >= expected,
-                      "rows overlap: stride ", tensor.stride(0), ", length ", expected);
+    TORCH_CHECK_VALUE(batch < 2 || tensor.stride(0) >= expected, name,
+                      ": rows overlap: stride ", tensor.stride(0), ", length ", expected);
+    spans.emplace_back(name, tensor);
   }
+  // With one row nothing is moved, but the count is always written.
+  if (batch > 1) spans.emplace_back("keep", keep);
+  spans.emplace_back("count", count);
+  for (size_t i = 0; i < spans.size(); ++i)
+    for (size_t j = i + 1; j < spans.size(); ++j)
+      TORCH_CHECK_VALUE((batch < 2 && j + 1 < spans.size()) || !spans[i].meets(spans[j]),
+                        spans[i].name, " and ", spans[j].name, " share memory");
 }
 
 inline RowBytes row_bytes(const at::Tensor& tensor) {

@@ -12,6 +12,7 @@ from torch import Tensor
 from lgvit_fast.kernels.common import (
     DTYPES,
     check_device,
+    check_memory,
     dot,
     on_device,
     require,
@@ -198,6 +199,12 @@ def attention_backward(
             found == (batch, count, width) and tensor.device == qkv.device,
             f"{name} has shape {found}, expected {(batch, count, width)}",
         )
+        check_memory(name, tensor)
+    check_memory("level", level)
+    require(
+        level.dtype == torch.float32 and level.device == qkv.device,
+        f"level is {level.dtype} on {level.device}, expected float32 on {qkv.device}",
+    )
     require(
         tuple(level.shape) == (batch, num_heads, count),
         f"level has shape {tuple(level.shape)}, expected {(batch, num_heads, count)}",

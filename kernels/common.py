@@ -187,8 +187,19 @@ def check_tokens(tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """Check that kernels can run where `tensor` is."""
+    """Check that kernels can run where `tensor` is, and that its storage holds it."""
+    check_memory(name, tensor)
     require(tensor.is_cuda or INTERPRETED, f"{name} is on {tensor.device}, expected a CUDA device")
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Check that the storage holds the tensor: it may have been resized."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    needs = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    holds = tensor.untyped_storage().nbytes() if tensor.device.type != "meta" else needs
+    require(needs <= holds, f"{name} needs {needs} bytes, its storage has {holds}")
 
 
 def check_weight(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -196,6 +207,7 @@ def check_weight(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) 
     found = tuple(tensor.shape)
     require(found == tuple(shape), f"{name} has shape {found}, expected {tuple(shape)}")
     require(tensor.device == like.device, f"{name} is on {tensor.device}, expected {like.device}")
+    check_memory(name, tensor)
     return tensor.contiguous()
 
 

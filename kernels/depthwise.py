@@ -16,6 +16,7 @@ from lgvit_fast.kernels.common import (
     DTYPES,
     autotune,
     check_device,
+    check_memory,
     check_weight,
     gelu,
     on_device,
@@ -217,11 +218,12 @@ def depthwise_gelu_backward(
         gradient.shape == u.shape and gradient.device == u.device,
         f"gradient has shape {tuple(gradient.shape)}, expected {tuple(u.shape)}",
     )
+    check_memory("gradient", gradient)
     batch, _, width = u.shape
     inner, out = torch.empty_like(u), torch.empty_like(u)
     _convolve(u, patch_grid, taps, bias, gradient.contiguous(), inner, "inner")
     _convolve(inner, patch_grid, taps.flip(1), bias, inner, out, "plain")
-    splits = max(1, min(batch, 512 * 64 // width))
+    splits = max(1, min(batch, 512 * 64 // max(width, 1)))
     sums = u.new_empty((splits, 10, width), dtype=torch.float32)
     if u.numel():
         with on_device(u):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lgvit_fast.kernels.common import (
     DTYPES,
     check_device,
+    check_memory,
     check_weight,
     dot,
     on_device,
@@ -242,10 +243,19 @@ def exit_step(
         f"state is {state.dtype} {tuple(state.shape)} with strides {state.stride()},"
         f" expected int32 {(batch, 2)} with the two numbers of an image side by side",
     )
+    check_memory("state", state)
+    require(
+        batch < 2 or state.stride(0) >= 2, f"state has strides {state.stride()}: its rows overlap"
+    )
     require(state.device == pooled.device, f"state is on {state.device}, expected {pooled.device}")
     require(tokens.device == pooled.device, f"tokens are on {tokens.device}, not {pooled.device}")
+    for name, tensor in (("pooled", pooled), ("tokens", tokens)):
+        require(tensor.is_floating_point(), f"{name} is {tensor.dtype}, expected a floating dtype")
     kind, threshold, patience = rule
     require(kind in range(5), f"rule has kind {kind}, expected 0 to 4")
+    require(
+        kind < 3 or 0 < patience < 2**31, f"rule has patience {patience}, expected 1 to 2^31 - 1"
+    )
 
     logits = pooled.new_empty((batch, classes), dtype=weight.dtype)
     kinds = (torch.bool, torch.bool, torch.float32, torch.float32, torch.int32)

@@ -217,10 +217,14 @@ class LGViT(TimmInterface, nn.Module):
         return Inference.cat(answers) if answers else self.blank(0, parameter.device)
 
     @torch.compiler.disable  # a compiled model must see changed weights too
-    def prepare(self) -> None:
-        """Fold the heads' weights for inference, where they changed. `infer` does it by itself."""
+    def prepare(self, *, anew: bool = False) -> None:
+        """Fold the heads' weights for inference, where they changed. `infer` does it by itself.
+
+        Args:
+            anew: fold all, whether or not a change was seen (see `ExitHead.prepare`).
+        """
         for head in self._heads:
-            head.prepare(self.compute_dtype)
+            head.prepare(self.compute_dtype, anew=anew)
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         """Keep the backbone as it is: eval mode whatever `train` says, and no gradients (stage 2)."""

@@ -15,7 +15,7 @@ constexpr int64_t kGrainBytes = 1 << 16;  // a thread is worth waking for 64 KB
 
 void compact_(at::TensorList tensors, const at::Tensor& keep, const at::Tensor& count) {
   lgvit::check_compact(tensors, keep, count);
-  const bool* flags = keep.const_data_ptr<bool>();
+  const auto* flags = static_cast<const uint8_t*>(keep.const_data_ptr());  // any byte may be in a view
   const int64_t stride = keep.stride(0);
 
   std::vector<std::pair<int64_t, int64_t>> moves;  // (survivor, hole)

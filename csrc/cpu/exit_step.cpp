@@ -4,10 +4,12 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "../checks.h"
 #include "linear.h"
 #include "vec.h"
 
@@ -17,6 +19,9 @@ namespace {
 using at::Tensor;
 
 enum Rule { kNever, kConfidence, kEntropy, kPatience, kPatientConfident };  // as RuleKind in Python
+
+// One more, as torch counts: past the largest number it goes on from the smallest.
+int32_t next(int32_t run) { return static_cast<int32_t>(static_cast<uint32_t>(run) + 1); }
 
 struct Statistics {
   bool valid;  // the softmax is a number
@@ -50,11 +55,11 @@ bool decide(int64_t rule, double threshold, int64_t patience, const Statistics& 
     case kConfidence: return image.valid && image.confidence > threshold;
     case kEntropy: return sure;
     case kPatience:
-      run = !image.valid ? 0 : image.prediction == last ? run + 1 : 1;
+      run = !image.valid ? 0 : image.prediction == last ? next(run) : 1;
       last = image.valid ? image.prediction : -1;
       return run >= patience;
     case kPatientConfident:
-      run = sure ? run + 1 : 0;
+      run = sure ? next(run) : 0;
       return run >= patience;
     default: return false;
   }
@@ -101,20 +106,53 @@ void decide_rows(const Tensor& logits, const Tensor& bias, int64_t rule, double 
   });
 }
 
+void check(const Tensor& pooled, const Tensor& tokens, int64_t num_class_tokens,
+           const Tensor& weight, const Tensor& bias, int64_t rule, int64_t patience,
+           const Tensor& state) {
+  check_memory("pooled", pooled);
+  check_memory("tokens", tokens);
+  check_compute_dtype("weight", weight);
+  TORCH_CHECK_VALUE(pooled.dim() == 3 && pooled.is_floating_point(), "pooled is ",
+                    pooled.scalar_type(), " ", pooled.sizes(), ", expected floating [B, M, C]");
+  const int64_t batch = pooled.size(0), vectors = pooled.size(1), channels = pooled.size(2);
+  check_channels("pooled", channels);
+  TORCH_CHECK_VALUE(tokens.dim() == 3 && tokens.is_floating_point() && tokens.size(0) == batch &&
+                        tokens.size(2) == channels,
+                    "tokens is ", tokens.scalar_type(), " ", tokens.sizes(),
+                    ", expected floating [", batch, ", P + N, ", channels, "] as pooled");
+  TORCH_CHECK_VALUE(num_class_tokens >= 0 && num_class_tokens <= tokens.size(1),
+                    "num_class_tokens is ", num_class_tokens, ", expected 0 to ", tokens.size(1),
+                    ", the rows of tokens");
+  int64_t read = 0, columns = 0;
+  TORCH_CHECK_VALUE(!__builtin_add_overflow(vectors, num_class_tokens, &read) &&
+                        !mul_overflows(read, channels, columns),
+                    "pooled has shape ", pooled.sizes(), ": too large");
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) == columns,
+                    "weight has shape ", weight.sizes(), ", expected [K, ", columns, "], K > 0");
+  check_memory("bias", bias);
+  TORCH_CHECK_VALUE(bias.is_floating_point(), "bias is ", bias.scalar_type(),
+                    ", expected a floating dtype");
+  check_shape("bias", bias, {weight.size(0)});
+  for (const Tensor& tensor : {tokens, weight, bias})
+    TORCH_CHECK_VALUE(tensor.device() == pooled.device(), "a tensor is on ", tensor.device(),
+                      ", pooled on ", pooled.device());
+  check_like("state", state, at::kInt, pooled.device());
+  check_shape("state", state, {batch, 2});
+  TORCH_CHECK_VALUE(batch == 0 || (state.stride(1) == 1 && (batch == 1 || state.stride(0) >= 2)),
+                    "state has strides ", state.strides(), ", expected contiguous rows apart");
+  TORCH_CHECK_VALUE(rule >= kNever && rule <= kPatientConfident, "rule is ", rule,
+                    ", expected 0 to 4");
+  TORCH_CHECK_VALUE(rule < kPatience || patience > 0, "patience is ", patience,
+                    ", expected at least 1");
+}
+
 std::tuple<Tensor, Tensor, Tensor> exit_step(const Tensor& pooled, const Tensor& tokens,
                                              int64_t num_class_tokens, const Tensor& weight,
                                              const Tensor& bias, int64_t rule, double threshold,
                                              int64_t patience, Tensor& state) {
   const PlainKernels plain;
-  const int64_t batch = pooled.size(0), classes = weight.size(0);
-  TORCH_CHECK_VALUE(pooled.dim() == 3 && tokens.dim() == 3 && tokens.size(0) == batch &&
-                        tokens.size(1) >= num_class_tokens && tokens.size(2) == pooled.size(2),
-                    "pooled ", pooled.sizes(), " and tokens ", tokens.sizes(),
-                    " do not describe the same images");
-  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == batch && state.size(1) == 2 &&
-                        state.scalar_type() == at::kInt && (batch == 0 || state.stride(1) == 1),
-                    "state must be int32 [", batch, ", 2] with contiguous rows, got ",
-                    state.scalar_type(), " ", state.sizes());
+  check(pooled, tokens, num_class_tokens, weight, bias, rule, patience, state);
+  const int64_t batch = pooled.size(0);
   const bool half = weight.scalar_type() == at::kBFloat16;
   const Tensor means = pooled.to(at::kFloat).contiguous();
   Tensor rows = tokens.to(weight.scalar_type());
@@ -126,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> exit_step(const Tensor& pooled, const Tensor&
   const Tensor valid = at::empty_like(leave);
   const Tensor biases = bias.to(at::kFloat).contiguous();
   const auto run = half ? decide_rows<at::BFloat16> : decide_rows<float>;
-  if (classes > 0) run(logits, biases, rule, threshold, patience, state, leave, valid);
+  run(logits, biases, rule, threshold, patience, state, leave, valid);
   return {logits, leave, valid};
 }
 

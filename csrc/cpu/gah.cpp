@@ -6,10 +6,12 @@
 #include <ATen/cpu/vec/functional.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "../checks.h"
 #include "linear.h"
 #include "vec.h"
 
@@ -246,14 +248,14 @@ Tensor pool(const Tensor& tokens, int64_t prefix, int64_t height, int64_t width,
 Tensor gah_pool(const Tensor& tokens, int64_t height, int64_t width, int64_t num_prefix_tokens,
                 const Tensor& qkv_weight, int64_t num_heads, int64_t stride, bool average) {
   const PlainKernels plain;
-  TORCH_CHECK_VALUE(tokens.dim() == 3 && height > 0 && width > 0 &&
-                        tokens.size(1) == num_prefix_tokens + height * width,
-                    "tokens must be [B, ", num_prefix_tokens, " + ", height, " * ", width,
-                    ", C], got ", tokens.sizes());
-  TORCH_CHECK_VALUE(num_heads > 0 && tokens.size(2) % num_heads == 0 && stride > 0,
-                    "num_heads must divide the width and stride be positive, got ", num_heads,
-                    " and ", stride);
+  check_tokens(tokens, num_prefix_tokens, height, width);
   const int64_t batch = tokens.size(0), channels = tokens.size(2);
+  TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "num_heads is ", num_heads,
+                    ", expected a divisor of the width ", channels);
+  TORCH_CHECK_VALUE(stride > 0, "stride is ", stride, ", expected at least 1");
+  check_like("qkv_weight", qkv_weight, tokens.scalar_type(), tokens.device());
+  check_shape("qkv_weight", qkv_weight, {3 * channels, channels});
+  stride = std::min(stride, std::max(height, width));  // beyond, one window holds all
   if (batch == 0) return at::empty({0, 1, channels}, tokens.options().dtype(at::kFloat));
   const Tensor x = tokens.stride(2) == 1 ? tokens : tokens.contiguous();
   const Tensor weight = qkv_weight.contiguous();

@@ -5,7 +5,7 @@
 //   conv    at::conv2d with a 1x1 kernel on the channels-last view: oneDNN
 //   packed  oneDNN with the weight in its own blocked layout, packed once and kept
 // The choice does not depend on M, so an image's answer does not depend on its batch.
-// LGVIT_LINEAR=linear|conv|packed overrides it.
+// LGVIT_LINEAR=linear|conv|packed overrides it; packed gives way to linear where it cannot run.
 #include "linear.h"
 
 #include <ATen/ATen.h>
@@ -17,14 +17,14 @@
 #include <array>
 #include <chrono>
 #include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <string>
 #include <string_view>
 #include <tuple>
+
+#include "checksum.h"
 
 namespace lgvit {
 namespace {
@@ -58,26 +58,15 @@ Tensor conv_linear(const Tensor& x, const Tensor& weight) {
   return at::conv2d(map, weight.view({n, k, 1, 1})).permute({0, 2, 3, 1}).reshape({m, n});
 }
 
-// Of 64 values spread over a weight: shows writes that escape its version counter, as those through
-// `.data` do and all to an inference tensor.
-size_t sample(const Tensor& weight) {
-  constexpr int64_t kSamples = 64;
-  const char* data = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t last = weight.numel() - 1, size = weight.element_size();
-  std::array<char, kSamples * 4> values{};
-  for (int64_t i = 0; i < kSamples; ++i)
-    std::memcpy(&values[i * 4], data + i * last / (kSamples - 1) * size, std::min<int64_t>(size, 4));
-  return std::hash<std::string_view>()({values.data(), values.size()});
-}
-
-// Weights in oneDNN's layout. An entry serves as long as its weight lives and is not written to.
+// Weights in oneDNN's layout. An entry serves as long as its weight lives and is not written to: the
+// checksum of the whole weight sees also what escapes the version counter, as writes through `.data`
+// do and all to an inference tensor.
 class PackedWeights {
  public:
   Tensor get(const Tensor& weight, int64_t n) {
     c10::StorageImpl* storage = weight.storage().unsafeGetStorageImpl();
     const Key key{storage, weight.storage_offset(), n, weight.size(1)};
-    const State state{weight.const_data_ptr(), weight.is_inference() ? 0 : weight._version(),
-                      sample(weight)};
+    const State state{weight.const_data_ptr(), checksum(weight)};
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = entries_.find(key);
     if (found != entries_.end() && !found->second.storage.expired() &&
@@ -91,7 +80,7 @@ class PackedWeights {
 
  private:
   using Key = std::tuple<c10::StorageImpl*, int64_t, int64_t, int64_t>;
-  using State = std::tuple<const void*, uint32_t, size_t>;  // address, version, sample
+  using State = std::tuple<const void*, int64_t>;  // address, checksum
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     State state;
@@ -104,6 +93,23 @@ class PackedWeights {
 PackedWeights& packed_weights() {
   static auto* weights = new PackedWeights();  // never destroyed: threads may outlive main
   return *weights;
+}
+
+// Whether oneDNN can pack weights of a dtype here: bfloat16 needs instructions that not all have.
+bool can_pack(at::ScalarType dtype) {
+  static std::mutex mutex;
+  static auto* answers = new std::map<at::ScalarType, bool>();
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, fresh] = answers->try_emplace(dtype, false);
+  if (fresh) {
+    try {
+      const Tensor ones = at::ones({8, 8}, dtype);
+      packed_linear(ones, pack(ones));
+      place->second = true;
+    } catch (const std::exception&) {
+    }
+  }
+  return place->second;
 }
 
 Tensor run(Gemm gemm, const Tensor& x, const Tensor& weight, int64_t n) {
@@ -130,8 +136,10 @@ double seconds(const F& call) {
 }
 
 Gemm measure(int64_t n, int64_t k, at::ScalarType dtype) {
-  constexpr int64_t kRows = 256;    // about one image
-  constexpr double kMargin = 0.97;  // a later candidate must be this much faster
+  constexpr int64_t kRows = 256;         // about one image
+  constexpr int64_t kLargest = 1 << 28;  // numbers of a weight; measuring takes as much memory
+  constexpr double kMargin = 0.97;       // a later candidate must be this much faster
+  if (k > kLargest / n) return Gemm::kLinear;
   const auto pattern = [&](int64_t rows, int64_t period) {
     const Tensor steps = at::arange(rows * k, at::kFloat).remainder(period);
     return (steps / period - 0.5).view({rows, k}).to(dtype);
@@ -159,8 +167,11 @@ Gemm measure(int64_t n, int64_t k, at::ScalarType dtype) {
 
 Gemm choose(int64_t n, int64_t k, at::ScalarType dtype) {
   if (const char* name = std::getenv("LGVIT_LINEAR"); name && *name) {
-    for (size_t i = 0; i < kNames.size(); ++i)
-      if (std::string(name) == kNames[i]) return static_cast<Gemm>(i);
+    for (size_t i = 0; i < kNames.size(); ++i) {
+      const Gemm gemm = static_cast<Gemm>(i);
+      if (std::string(name) == kNames[i])
+        return gemm == Gemm::kPacked && !can_pack(dtype) ? Gemm::kLinear : gemm;
+    }
     TORCH_CHECK_VALUE(false, "LGVIT_LINEAR must be linear, conv or packed; got ", name);
   }
   static std::mutex mutex;
@@ -174,6 +185,8 @@ Gemm choose(int64_t n, int64_t k, at::ScalarType dtype) {
 
 std::string linear_choice(int64_t n, int64_t k, at::ScalarType dtype) {
   const PlainKernels plain;
+  TORCH_CHECK_VALUE(n > 0 && k > 0, "a weight [", n, ", ", k, "] has no numbers");
+  TORCH_CHECK_VALUE(at::isFloatingType(dtype), "dtype is ", dtype, ", expected a floating dtype");
   return kNames[static_cast<size_t>(choose(n, k, dtype))];
 }
 

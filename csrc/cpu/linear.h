@@ -13,8 +13,8 @@ struct PlainKernels {
 };
 
 // x [M, K] times the transpose of the first n rows of weight [*, K] -> [M, n], in their dtype.
-// Both are contiguous. `weight` must be the caller's own tensor, not a view made inside an op: what
-// is prepared from it is kept until its storage is freed or its version changes.
+// Both are contiguous, not empty, and checked. What is prepared from the weight is kept until its
+// storage is freed or its contents change, so it should be the caller's own tensor.
 at::Tensor fast_linear(const at::Tensor& x, const at::Tensor& weight, int64_t n);
 
 }  // namespace lgvit

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "../checks.h"
 #include "linear.h"
 #include "vec.h"
 
@@ -177,21 +178,26 @@ Tensor lph_pool(const Tensor& tokens, int64_t height, int64_t width, int64_t num
                 const MaybeTensor& shift, const MaybeTensor& depthwise_weight,
                 const MaybeTensor& depthwise_bias) {
   const PlainKernels plain;
-  TORCH_CHECK_VALUE(tokens.dim() == 3 && tokens.size(1) == num_prefix_tokens + height * width,
-                    "tokens must be [B, ", num_prefix_tokens, " + ", height, " * ", width,
-                    ", C], got ", tokens.sizes());
+  check_tokens(tokens, num_prefix_tokens, height, width);
   const int64_t channels = tokens.size(2);
-  const auto vector = [&](const MaybeTensor& tensor, int64_t size) {
-    TORCH_CHECK_VALUE(tensor && tensor->numel() == size && tensor->scalar_type() == at::kFloat,
-                      "a vector of the head must be float32 with ", size, " entries");
+  check_like("weight", weight, tokens.scalar_type(), tokens.device());
+  check_shape("weight", weight, {channels, channels});
+  const auto vector = [&](const char* name, const MaybeTensor& tensor, at::IntArrayRef shape) {
+    TORCH_CHECK_VALUE(tensor, name, " is missing: the full head needs scale, shift,",
+                      " depthwise_weight and depthwise_bias");
+    check_like(name, *tensor, at::kFloat, tokens.device());
+    check_shape(name, *tensor, shape);
     return tensor->contiguous();
   };
-  HeadVectors head{vector(bias, channels), {}, {}, {}, {}};
+  HeadVectors head{vector("bias", bias, {channels}), {}, {}, {}, {}};
   if (depthwise_weight) {
-    head.scale = vector(scale, channels);
-    head.shift = vector(shift, channels);
-    head.depthwise_weight = vector(depthwise_weight, 9 * channels);
-    head.depthwise_bias = vector(depthwise_bias, channels);
+    head.scale = vector("scale", scale, {channels});
+    head.shift = vector("shift", shift, {channels});
+    head.depthwise_weight = vector("depthwise_weight", depthwise_weight, {channels, 3, 3});
+    head.depthwise_bias = vector("depthwise_bias", depthwise_bias, {channels});
+  } else {
+    TORCH_CHECK_VALUE(!scale && !shift && !depthwise_bias,
+                      "depthwise_weight is missing, the full head needs it; the light one takes bias alone");
   }
   const Tensor x = tokens.contiguous();
   // The prefix tokens go through the GEMM too: cheaper than a copy without them.

@@ -36,7 +36,10 @@ void compact_(at::TensorList tensors, const at::Tensor& keep, const at::Tensor& 
   lgvit::check_compact(tensors, keep, count);
   TORCH_CHECK_VALUE(keep.size(0) <= lgvit::kMaxRows, "at most ", lgvit::kMaxRows, " rows, got ",
                     keep.size(0));
-  TORCH_CHECK_VALUE(count.is_cuda() || count.is_pinned(), "count must be pinned or on the GPU");
+  TORCH_CHECK_VALUE(keep.is_cuda(), "keep is on ", keep.device(), ", expected a CUDA device");
+  TORCH_CHECK_VALUE(count.is_cuda() ? count.device() == keep.device() : count.is_pinned(),
+                    "count must be in pinned memory or on ", keep.device(), ", got ",
+                    count.device());
   const c10::cuda::CUDAGuard guard(keep.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(keep.device().index());
 

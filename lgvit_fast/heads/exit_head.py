@@ -133,16 +133,21 @@ class ExitHead(nn.Module):
         )
 
     @torch.no_grad()
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, *, anew: bool = False) -> None:
         """Fold the head for compute `dtype`, unless nothing changed since the last time.
 
-        A change is seen by a tensor's identity, storage and version counter; writing through
-        `parameter.data` escapes the counter, call `train()` and `eval()` after doing so. A head
-        without a pooled form has nothing to fold.
+        A change is seen by a tensor's identity, storage and version counter, and what escapes the
+        counter (a write through `.data` or to an inference tensor) by a checksum of every byte: on a
+        CPU at every call, on a GPU within as many calls as the head has tensors. A head without a
+        pooled form has nothing to fold.
+
+        Args:
+            dtype: of the tokens to come.
+            anew: fold whether or not a change was seen.
         """
         if not self.fused:
             return
-        if self.folded is not None and self.folded.weight.dtype == dtype:
+        if not anew and self.folded is not None and self.folded.weight.dtype == dtype:
             if self._watch is not None and not self._watch.changed():
                 return
         linears = self._linears

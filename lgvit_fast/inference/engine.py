@@ -34,6 +34,7 @@ from lgvit_fast.watch import Watch
 __all__ = ["Engine"]
 
 _logger = logging.getLogger("lgvit_fast")
+_LOOK_IMAGES = 32  # images in whose time the engine looks at all weights once, byte by byte
 _MAX_RUNNERS = 4  # kept at once: sets of graphs for other image sizes, dtypes or policy rules
 
 
@@ -43,9 +44,12 @@ class Engine:
     On a GPU the segments are captured as CUDA graphs at a few batch sizes, and the host waits once per
     exit, for the number of survivors. On the CPU the backbone's linear layers run on the fastest
     library the machine has. Weights are shared with the model; when they change, what was made from
-    them is made anew at the next call. Calls from several threads take turns; a call from inside
-    another one (a policy, a signal handler) is an error. Under autocast graphs cast the weights in
-    every call; a model converted to bfloat16 is faster.
+    them is made anew: at the next call after any in-place operation or replacement. A write that no
+    version counter tells of (through `.data`, to an inference tensor) is seen before 32 more images
+    are answered on a CPU, at once in batches of 32; on a GPU, where only the heads are copied, within
+    as many calls as these have tensors; `refresh` sees it now. Calls from several threads take
+    turns; a call from inside another one (a policy, a signal handler) is an error. Under autocast
+    graphs cast the weights in every call; a model converted to bfloat16 is faster.
 
     Args:
         model: in eval mode when called.
@@ -120,7 +124,7 @@ class Engine:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            self._refresh()
+            self._refresh(len(images))
             parts = [
                 self._run(images[start : start + self.max_batch], policy, start)
                 for start in range(0, max(1, len(images)), self.max_batch)
@@ -154,6 +158,13 @@ class Engine:
             for runner in self._runners.values():
                 runner.warm_up()
         self.reset_report()
+
+    def refresh(self) -> None:
+        """Make everything anew from the weights as they are now, however they were written."""
+        with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
+            self._forget()
+            self.model.prepare(anew=True)
+            self._refresh()
 
     def release(self) -> None:
         """Free graphs, buffers and prepared weights; the next call makes them anew."""
@@ -214,20 +225,23 @@ class Engine:
     def _blank(self, batch: int, device: torch.device) -> Inference:
         return self.model.blank(batch, device)
 
-    def _refresh(self) -> None:
+    def _refresh(self, images: int = _LOOK_IMAGES) -> None:
         """Make what is missing or was made from weights that are no more."""
         if self.model.training:
             raise RuntimeError("the model is in train mode: call model.eval() first")
         dtype = self.model.compute_dtype
-        if self._watch is None or self._watch.changed() or dtype != self._dtype:
+        share = min(1.0, images / _LOOK_IMAGES)
+        changed = self._watch is not None and self._watch.changed(share)
+        if self._watch is None or changed or dtype != self._dtype:
             self._forget()
             self._adapter, self._dtype = self._prepared_adapter(dtype), dtype
-            self._watch = Watch(self.model)
+            packed = self._adapter is not self.model.adapter and not self._compile
+            self._watch = Watch(self.model, [self.model if packed else self.model.exit_heads])
         folds = self._folds()
         if self._segments and all(map(operator.is_, folds, self._folded)):
             return
         self._drop_runners()  # graphs hold the addresses of folded weights
-        self.model.prepare()
+        self.model.prepare(anew=changed)
         self._folded = self._folds()
         layers = [spec.layer for spec in self.model.exits]
         asked = [layers.index(layer) for layer in self.exits]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 __all__ = ["exit_step", "gah_pool", "lph_pool", "precision", "refuse", "why_missing"]
 
@@ -146,6 +147,8 @@ def _launch_exit_step(
     step = launch(
         pooled, tokens, num_class_tokens, weight, bias, rule, state, precision=precision()
     )
+    if not torch.compiler.is_compiling() and not state.is_inference():
+        increment_version(state)  # as any operator that writes in place
     return step.logits, step.leave, step.valid
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgvit_fast.ops import _triton
+from lgvit_fast.ops.checks import check_memory
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["attention", "attention_reference"]
@@ -128,10 +129,11 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str | None = None) -> Ten
         ValueError: a shape does not fit.
         RuntimeError: the backend asked for cannot run here.
     """
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[2]:
         raise ValueError(
             f"attention: qkv has shape {tuple(qkv.shape)},"
             f" expected [B, n, 3C] with C a multiple of {num_heads} heads"
         )
+    check_memory("attention", qkv=qkv)
     out: Tensor = _op(qkv, num_heads, backend=backend)
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast import _extension
+from lgvit_fast.ops.checks import check_memory
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["compact_"]
@@ -42,7 +43,8 @@ def compact_(
 
     Raises:
         ValueError: `keep` is not bool `[B]`, a tensor has another length or device or rows that are
-            not contiguous, or two rows share memory. Raised before anything is moved.
+            not contiguous, two rows share memory, or a storage was resized. Raised before anything
+            is moved.
         RuntimeError: `backend` is an explicit choice that cannot run.
     """
     tensors = (tokens, *companions)
@@ -65,6 +67,7 @@ def _check(tensors: tuple[Tensor, ...], keep: Tensor) -> None:
                 f"{_name(i)} has rows that are not contiguous: shape {list(tensor.shape)},"
                 f" strides {list(tensor.stride())}"
             )
+    check_memory("compact_", keep=keep, **{_name(i): t for i, t in enumerate(tensors)})
     if len(keep) < 2:
         return
     spans = {_name(i): _Span(tensor) for i, tensor in enumerate(tensors)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgvit_fast.ops import _triton
+from lgvit_fast.ops.checks import check_memory
 from lgvit_fast.ops.dispatch import Backend, Op
 from lgvit_fast.ops.lph import depthwise3x3
 
@@ -164,5 +165,6 @@ def depthwise_gelu(
             f"depthwise_gelu: weight is on {weight.device}, bias on {bias.device},"
             f" tokens on {tokens.device}; they must agree"
         )
+    check_memory("depthwise_gelu", tokens=tokens, weight=weight, bias=bias)
     out: Tensor = _op(tokens, patch_grid, weight, bias, backend=backend)
     return out

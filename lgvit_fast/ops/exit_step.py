@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgvit_fast.ops import _cpp, _triton
+from lgvit_fast.ops.checks import check_memory, check_vector
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["ExitRule", "ExitStep", "RuleKind", "apply_rule", "exit_step", "exit_step_reference"]
@@ -166,18 +167,53 @@ def exit_step(
         backend: one of `lgvit_fast.ops.CHOICES` for this call only.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape, dtype, device or number does not fit.
         RuntimeError: the backend asked for cannot run here.
     """
-    columns = (pooled.shape[1] + num_class_tokens) * pooled.shape[2]
-    if weight.dim() != 2 or weight.shape[1] != columns:
+    _check(pooled, tokens, num_class_tokens, weight, bias, rule, state)
+    return _op(pooled, tokens, num_class_tokens, weight, bias, rule, state, backend=backend)
+
+
+def _check(
+    pooled: Tensor,
+    tokens: Tensor,
+    num_class_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    rule: ExitRule,
+    state: Tensor,
+) -> None:
+    shapes = f"pooled {tuple(pooled.shape)}, tokens {tuple(tokens.shape)}"
+    if pooled.dim() != 3 or tokens.dim() != 3 or pooled.shape[2] < 1:
+        raise ValueError(f"exit_step: {shapes}, expected [B, M, C] and [B, P + N, C], C > 0")
+    batch, vectors, width = pooled.shape
+    if tokens.shape[0] != batch or tokens.shape[2] != width or tuple(state.shape) != (batch, 2):
+        raise ValueError(
+            f"exit_step: {shapes} and state {tuple(state.shape)} do not describe the same images"
+        )
+    if not 0 <= num_class_tokens <= tokens.shape[1]:
+        raise ValueError(
+            f"exit_step: num_class_tokens={num_class_tokens}, expected 0 to {tokens.shape[1]},"
+            " the rows of tokens"
+        )
+    columns = (vectors + num_class_tokens) * width
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != columns:
         raise ValueError(
             f"exit_step: weight has shape {tuple(weight.shape)}, expected [K, {columns}]"
             f" for pooled {tuple(pooled.shape)} and {num_class_tokens} class tokens"
         )
-    if pooled.shape[0] != tokens.shape[0] or tuple(state.shape) != (tokens.shape[0], 2):
+    check_vector("exit_step", "bias", bias, (weight.shape[0],), pooled)
+    for name, tensor in (("pooled", pooled), ("tokens", tokens), ("weight", weight)):
+        check_vector("exit_step", name, tensor, tuple(tensor.shape), pooled)
+    if state.dtype != torch.int32 or state.device != pooled.device:
         raise ValueError(
-            f"exit_step: pooled {tuple(pooled.shape)}, tokens {tuple(tokens.shape)} and state"
-            f" {tuple(state.shape)} do not describe the same images"
+            f"exit_step: state is {state.dtype} on {state.device},"
+            f" expected torch.int32 on {pooled.device}"
         )
-    return _op(pooled, tokens, num_class_tokens, weight, bias, rule, state, backend=backend)
+    if batch and (state.stride(1) != 1 or (batch > 1 and state.stride(0) < 2)):
+        raise ValueError(f"exit_step: state has strides {state.stride()}, expected contiguous rows")
+    if rule.kind not in tuple(RuleKind):
+        raise ValueError(f"exit_step: rule has kind {rule.kind!r}, expected a RuleKind")
+    if rule.kind in (RuleKind.PATIENCE, RuleKind.PATIENT_CONFIDENT) and rule.patience < 1:
+        raise ValueError(f"exit_step: rule has patience {rule.patience}, expected at least 1")
+    check_memory("exit_step", pooled=pooled, tokens=tokens, weight=weight, bias=bias, state=state)

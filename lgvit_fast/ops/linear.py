@@ -8,8 +8,10 @@ the same choice); ``LGVIT_LINEAR`` overrides it.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,10 +19,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgvit_fast import _extension
+from lgvit_fast.ops.checks import check_memory
 
-__all__ = ["CANDIDATES", "Linear", "PackedLinear", "fastest", "inference_linear"]
+__all__ = ["CANDIDATES", "Linear", "PackedLinear", "fastest", "inference_linear", "why_not"]
 
 CANDIDATES = ("linear", "conv", "packed")
+_logger = logging.getLogger("lgvit_fast")
+
+
+@cache
+def why_not(gemm: str, dtype: torch.dtype) -> str | None:
+    """Why this processor and torch cannot run one of `CANDIDATES` in a dtype; None if they can.
+
+    Only "packed" can be missing: oneDNN packs bfloat16 for processors with AVX-512 or AVX-NE-CONVERT.
+    """
+    if gemm != "packed":
+        return None
+    if not torch.backends.mkldnn.is_available():
+        return "torch is built without oneDNN"
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            ones = torch.ones(8, 8, dtype=dtype)
+            packed = torch.ops.mkldnn._reorder_linear_weight(ones)
+            torch.ops.mkldnn._linear_pointwise(ones, packed, None, "none", [], "none")
+    except (RuntimeError, AttributeError) as error:
+        return f"oneDNN has no packed {dtype} product here: {str(error).splitlines()[0]}"
+    return None
 
 
 def fastest(n: int, k: int, dtype: torch.dtype) -> str:
@@ -29,15 +53,26 @@ def fastest(n: int, k: int, dtype: torch.dtype) -> str:
     "linear" is `F.linear`, "conv" `F.conv2d` with a 1x1 kernel on the channels-last view, "packed"
     oneDNN with a prepacked weight. It does not depend on the number of rows, so that an image's
     answer does not depend on its batch. The first call for a shape measures, some 20 ms for a
-    768 x 768 weight. Without the compiled extension it is "linear".
+    768 x 768 weight. Without the compiled extension it is "linear", and where ``LGVIT_LINEAR`` asks for
+    what cannot run here (see `why_not`).
 
     Raises:
-        ValueError: ``LGVIT_LINEAR`` names none of the candidates.
+        ValueError: ``LGVIT_LINEAR`` names none of the candidates, or the weight has no numbers.
     """
+    if n < 1 or k < 1:
+        raise ValueError(f"n={n}, k={k}: a weight has at least one row and one column")
     if _extension.why_missing(torch.device("cpu")) is not None:
         return "linear"
     choice: str = torch.ops.lgvit_fast.linear_choice(n, k, dtype)
+    wanted = os.environ.get("LGVIT_LINEAR")
+    if wanted and choice != wanted:
+        _log_once(f"LGVIT_LINEAR={wanted} gives way to {choice}: {why_not(wanted, dtype)}")
     return choice
+
+
+@cache
+def _log_once(message: str) -> None:
+    _logger.info(message)
 
 
 Linear = Callable[[Tensor], Tensor]
@@ -75,7 +110,7 @@ class PackedLinear(nn.Module):
         gemm: one of `CANDIDATES`; None takes the `fastest`.
 
     Raises:
-        ValueError: a tensor, activation or GEMM that does not fit.
+        ValueError: a tensor, activation or GEMM that does not fit, or a GEMM that cannot run here.
     """
 
     def __init__(
@@ -87,17 +122,22 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.training = False
-        if weight.dim() != 2 or weight.device.type != "cpu":
+        if weight.dim() != 2 or weight.device.type != "cpu" or weight.numel() == 0:
             raise ValueError(
-                f"weight is {list(weight.shape)} on {weight.device}, expected [N, K] on cpu"
+                f"weight is {list(weight.shape)} on {weight.device}, expected [N, K] on cpu, not empty"
             )
         if weight.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"weight is {weight.dtype}, expected float32 or bfloat16")
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        if bias is not None and (
+            bias.shape != weight.shape[:1]
+            or bias.dtype != weight.dtype
+            or bias.device != weight.device
+        ):
             raise ValueError(
-                f"bias is {bias.dtype} {list(bias.shape)}, expected {weight.dtype}"
-                f" [{weight.shape[0]}]"
+                f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}, expected {weight.dtype}"
+                f" [{weight.shape[0]}] on cpu"
             )
+        check_memory("PackedLinear", weight=weight, bias=bias)
         if activation not in (None, "gelu"):
             raise ValueError(f"activation={activation!r}, expected None or 'gelu'")
         self.out_features, self.in_features = weight.shape
@@ -106,6 +146,9 @@ class PackedLinear(nn.Module):
             gemm = fastest(self.out_features, self.in_features, weight.dtype)
         if gemm not in CANDIDATES:
             raise ValueError(f"gemm={gemm!r}, expected one of {', '.join(CANDIDATES)}")
+        reason = why_not(gemm, weight.dtype)
+        if reason is not None:
+            raise ValueError(f"gemm={gemm!r} cannot run: {reason}")
         self.gemm = gemm
         weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
@@ -120,7 +163,18 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., K]` to `[..., N]`, of the weight's dtype."""
+        """`[..., K]` to `[..., N]`, of the weight's dtype.
+
+        Raises:
+            ValueError: `x` has another last dimension, dtype or device.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.in_features or x.dtype != self._weight.dtype:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}, expected {self._weight.dtype}"
+                f" [..., {self.in_features}]"
+            )
+        if x.device.type != "cpu":
+            raise ValueError(f"x is on {x.device}, expected cpu")
         if x.numel() == 0:
             return x.new_empty((*x.shape[:-1], self.out_features))
         if self.gemm == "packed":
@@ -167,7 +221,7 @@ class PackedLinear(nn.Module):
         error_msgs.append(f"{prefix[:-1]} is packed for inference: load weights before packing")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedLinear, (self.weight, self._bias, self.activation, self.gemm)
+        return _unpickled, (self.weight, self._bias, self.activation, self.gemm)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
@@ -175,3 +229,11 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features},"
             f" bias={self._bias is not None}, activation={self.activation}, gemm={self.gemm!r}"
         )
+
+
+def _unpickled(
+    weight: Tensor, bias: Tensor | None, activation: str | None, gemm: str
+) -> PackedLinear:
+    """The layer where it is loaded, which may be a processor that cannot run its GEMM."""
+    here = gemm if why_not(gemm, weight.dtype) is None else None
+    return PackedLinear(weight, bias, activation, here)

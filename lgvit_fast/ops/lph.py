@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lgvit_fast.ops import _cpp, _triton
-from lgvit_fast.ops.checks import check_tokens
+from lgvit_fast.ops.checks import check_memory, check_tokens, check_vector
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["LPHWeights", "depthwise3x3", "lph_pool", "lph_pool_reference"]
@@ -130,4 +130,16 @@ def lph_pool(
         RuntimeError: the backend asked for cannot run here.
     """
     check_tokens("lph_pool", tokens, patch_grid, num_prefix_tokens, weights.weight, rows=1)
+    width = tokens.shape[2]
+    shapes: dict[str, tuple[int, ...]] = {"bias": (width,)}
+    if weights.depthwise_weight is not None:
+        shapes |= dict.fromkeys(("scale", "shift", "depthwise_bias"), (width,))
+        shapes["depthwise_weight"] = (width, 3, 3)
+    vectors = {name: getattr(weights, name) for name in LPHWeights._fields[1:]}
+    for name, vector in vectors.items():
+        if name in shapes:
+            check_vector("lph_pool", name, vector, shapes[name], tokens)
+        elif vector is not None:
+            raise ValueError(f"lph_pool: {name} is given without depthwise_weight")
+    check_memory("lph_pool", **vectors)
     return _op(tokens, patch_grid, num_prefix_tokens, weights, backend=backend)
