@@ -45,7 +45,7 @@ sanitize: $(STAMP)
 		--force --build-base build/sanitize --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests
 	cp -r tests pyproject.toml $(SANITIZED)
-	cd $(SANITIZED) && export OMP_NUM_THREADS=2 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd $(SANITIZED) && export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1 \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
 		python -m pytest -q tests/ops && python -m tests.fuzz.ops_fuzz 2500

@@ -313,19 +313,22 @@ def main(cases: int = 2500, seed: int = 0) -> int:
                 str(first),
                 str(cases),
             ]
-            done = subprocess.run(
-                [*command, str(seed), str(progress)], capture_output=True, text=True, check=False
-            )
-            lines = done.stdout.splitlines()
-            for line in lines:
-                if line.startswith("counts"):
-                    totals = [a + int(b) for a, b in zip(totals, line.split()[1:], strict=True)]
-                else:
-                    print(line)
-            if done.returncode == 0:
+            with subprocess.Popen(
+                [*command, str(seed), str(progress)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            ) as process:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("counts"):
+                        totals = [a + int(b) for a, b in zip(totals, line.split()[1:], strict=True)]
+                    else:
+                        print(line, end="", flush=True)
+            if process.returncode == 0:
                 break
             at = int(progress.read_text()) if progress.exists() else first
-            print(f"case {at} ended the process ({done.returncode}):\n{done.stderr[-3000:]}")
+            print(f"case {at} ended the process ({process.returncode})", flush=True)
             crashes += 1
             first = at + 1
     print(
