@@ -162,7 +162,7 @@ def compaction(draw: Draw) -> dict[str, object]:
     for i in range(r.randint(1, 4)):
         shape = [r.randint(0, 5) for _ in range(r.randint(0, 2))]
         rows = draw.tensor(batch, *shape, 1 + i, dtype=torch.float32, scale=50).to(r.choice(kinds))
-        tensors.append(rows)
+        tensors.append(rows.contiguous())
     keep = torch.rand(batch, generator=draw.torch) < r.random()
     return {"tensors": tensors, "keep": keep, "count": torch.zeros(1, dtype=torch.int64)}
 
