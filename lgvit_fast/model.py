@@ -18,9 +18,11 @@ from lgvit_fast.backbones import adapt
 from lgvit_fast.backbones.timm_models import (
     describe_backbone,
     make_backbone,
+    remake_backbone,
     set_layer_norm_eps,
 )
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
+from lgvit_fast.model_config import FORMAT, check_config
 from lgvit_fast.outputs import ExitOutputs, Inference
 from lgvit_fast.policies import Confidence, Policy
 from lgvit_fast.segments import cut, run_segments
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LGViT", "create_model"]
 
-FORMAT = "lgvit_fast/1"  # of `get_config`
 _HEADS = "exit_heads."
 
 
@@ -256,12 +257,14 @@ class LGViT(TimmInterface, nn.Module):
     def from_config(cls, config: dict[str, Any], backbone: nn.Module | None = None) -> Self:
         """Make a model with fresh weights from what `get_config` gave.
 
+        The config may come from a file: it sets sizes, rates, switches and names of layers, never
+        what is opened, fetched or loaded.
+
         Raises:
-            ValueError: another format, or the backbone cannot be made by name and none was given.
+            ValueError: another format, an entry of another type or range, an argument of timm's that
+                no file may set, or the backbone cannot be made by name and none was given.
         """
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            found = config.get("format") if isinstance(config, dict) else config
-            raise ValueError(f"the config has format {found!r}, expected {FORMAT!r}")
+        check_config(config)
         made = config["backbone"]
         if backbone is None:
             if made is None:
@@ -269,7 +272,7 @@ class LGViT(TimmInterface, nn.Module):
                     "the backbone was not made by timm.create_model with plain arguments,"
                     " so its config does not say how to make it again: give backbone="
                 )
-            backbone = make_backbone(made["name"], **made["args"])
+            backbone = remake_backbone(made)
         model = cls(
             backbone,
             [ExitSpec(**spec) for spec in config["exits"]],

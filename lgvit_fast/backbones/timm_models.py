@@ -9,7 +9,16 @@ import timm
 import torch
 from torch import nn
 
-__all__ = ["describe_backbone", "make_backbone", "set_layer_norm_eps"]
+from lgvit_fast.backbones.timm_arguments import check_arguments, check_description
+
+__all__ = ["describe_backbone", "make_backbone", "remake_backbone", "set_layer_norm_eps"]
+
+
+# Arguments that say where weights come from, not what the model is.
+_ABOUT_WEIGHTS = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "num_classes",
+}  # fmt: skip
 
 
 def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -20,6 +29,21 @@ def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modu
     return backbone
 
 
+def remake_backbone(made: dict[str, Any]) -> nn.Module:
+    """The timm model, with fresh weights, that `describe_backbone` described, perhaps in a file.
+
+    Raises:
+        ValueError: a name or argument that no file may set, or that timm cannot make a model of.
+    """
+    check_description(made)
+    try:
+        return make_backbone(made["name"], **made["args"])
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"timm cannot make {made['name']!r} with {made['args']}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     """How to make this timm model again by name, or None if that cannot be said with json types."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
@@ -27,13 +51,13 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
         return None
     recorded = getattr(model, "_model_args", None)
     given = _size_of(model) if recorded is None else recorded  # timm notes them since 1.0.31
-    unwanted = ("pretrained", "num_classes", "cache_dir", "pretrained_cfg_overlay")
-    args = {key: value for key, value in given.items() if key not in unwanted}
+    args = {key: value for key, value in given.items() if key not in _ABOUT_WEIGHTS}
     args["num_classes"] = model.num_classes
     try:
         args = json.loads(json.dumps(args))
+        check_arguments(args, "args")  # what is described must be readable again
         again = _without_storage(name, args)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         return None
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if shapes != {key: value.shape for key, value in again.state_dict().items()}:

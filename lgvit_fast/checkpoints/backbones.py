@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from lgvit_fast.backbones.timm_models import make_backbone, set_layer_norm_eps
 
-__all__ = ["depth_of", "make_swin", "make_vit", "swin_from", "vit_from"]
+__all__ = ["depth_of", "make_swin", "make_vit", "swin_depths", "swin_from", "vit_from"]
 
 
 def depth_of(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern's group matches at the start of a name."""
-    numbers = [int(match[1]) for name in tensors if (match := re.match(pattern, name))]
+    """How many different numbers the pattern's group matches at the start of a name, from 0 on."""
+    numbers = {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
     if not numbers:
         raise ValueError(f"no name matches {pattern}; it starts with {sorted(tensors)[:3]}")
-    return 1 + max(numbers)
+    if max(numbers) >= len(numbers):  # also a single block numbered two million
+        raise ValueError(f"{pattern} matches {len(numbers)} numbers up to {max(numbers)}, not all")
+    return len(numbers)
 
 
 def make_vit(
@@ -142,14 +144,13 @@ def swin_from(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], num_classes: int
 ) -> nn.Module:
     """The timm Swin for weights under Hugging Face names."""
-    layers = r"swin\.encoder\.layers"
-    stages = depth_of(tensors, rf"{layers}\.(\d+)\.blocks")
+    depths = swin_depths(tensors)
     first = "swin.encoder.layers.{}.blocks.0."
     table = first + "attention.self.relative_position_bias_table"
     return make_swin(
         patch=_get(tensors, "swin.embeddings.patch_embeddings.projection.weight"),
-        depths=[depth_of(tensors, rf"{layers}\.{s}\.blocks\.(\d+)\.") for s in range(stages)],
-        tables=[_get(tensors, table.format(s)) for s in range(stages)],
+        depths=depths,
+        tables=[_get(tensors, table.format(s)) for s in range(len(depths))],
         hidden=_get(tensors, first.format(0) + "intermediate.dense.weight").shape[0],
         num_classes=num_classes,
         image_size=settings.get("image_size"),
@@ -157,6 +158,13 @@ def swin_from(
         drop_path_rate=settings.get("drop_path_rate", 0.1),
         eps=settings.get("layer_norm_eps", 1e-5),
     )
+
+
+def swin_depths(tensors: Mapping[str, Tensor]) -> list[int]:
+    """Blocks of each stage of a Swin under Hugging Face names."""
+    layers = r"swin\.encoder\.layers"
+    stages = depth_of(tensors, rf"{layers}\.(\d+)\.blocks")
+    return [depth_of(tensors, rf"{layers}\.{s}\.blocks\.(\d+)\.") for s in range(stages)]
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:

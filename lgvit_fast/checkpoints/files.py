@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,22 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lgvit_fast.checkpoints.header import (
+    CHECKSUMS,
+    Header,
+    checksums,
+    damaged,
+    open_file,
+    read_header,
+)
+
 __all__ = [
     "load_json",
     "load_strictly",
     "load_weights",
+    "read_weights",
+    "remove_leftovers",
+    "require_fit",
     "save_json",
     "save_text",
     "save_weights",
@@ -25,26 +39,48 @@ __all__ = [
     "write_atomic",
 ]
 
+# Ours, of `tempfile.mkstemp`, and those of safetensors, which makes its own beside the file.
+_LEFTOVER = re.compile(r"\.(?:tmp[A-Za-z0-9]{6}|(.+)\.[a-z0-9_]{8})")
+_MOST_JSON = 32 << 20  # bytes
+
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Make a file appear whole or not at all.
 
     `write` gets a temporary path beside `path`; the result is synced to disk and renamed over
     `path`. When anything fails (disk full, a kill) what stood at `path` before is intact.
+
+    Raises:
+        OSError: naming `path`, whatever temporary file the system complained of.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, f"cannot write: {reason}", str(path)) from error
+
+
+def remove_leftovers(folder: str | os.PathLike[str], names: Collection[str]) -> None:
+    """Remove the temporary files that a killed process left when it was writing one of `names`.
+
+    Only for a folder that nobody else is writing to.
+    """
+    for path in Path(folder).glob(".*"):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and (match[1] is None or match[1] in names) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def save_weights(
@@ -52,29 +88,50 @@ def save_weights(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors to a safetensors file, atomically. Shared storage is written once per name."""
+    """Write tensors to a safetensors file, atomically, with checksums of them and of the metadata.
+
+    Shared storage is written once per name.
+
+    Raises:
+        OSError: a full disk or the like, naming the file.
+    """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, lambda file: save_file(plain, file, metadata=dict(metadata or {})))
+    given = dict(metadata or {})
+    given[CHECKSUMS] = json.dumps(checksums(plain, given), separators=(",", ":"))
+    write_atomic(path, lambda file: _save(plain, file, given))
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file; see `read_weights`."""
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, which must match its checksums if it has them.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a pickle (which is never loaded), a truncated or another kind of file.
+        IsADirectoryError: a folder.
+        ValueError: a pickle (which is never loaded), a truncated, damaged or another kind of file.
     """
-    data = Path(path).read_bytes()
+    header = read_header(path)
+    with open_file(path) as file:
+        data = file.read()
     try:
-        return load_bytes(data)
-    except SafetensorError as error:
-        # Only now: a safetensors file starts with its header's length, which can be any two bytes.
-        if data[:2] == b"PK" or data[:1] == b"\x80":
-            raise ValueError(
-                f"{path} is a pickle, which can run code when loaded and is not read here;"
-                " convert it to safetensors"
-            ) from None
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors = load_bytes(data)
+        odd = damaged(tensors, header.metadata)
+    except (
+        SafetensorError,
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        raise ValueError(f"{path} is not a whole safetensors file: {e}") from e
+    if odd:
+        raise ValueError(f"{path} is damaged: {shortened(odd)} does not match its checksum")
+    return tensors, header.metadata
 
 
 def save_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -92,39 +149,61 @@ def load_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: not json.
+        IsADirectoryError: a folder.
+        ValueError: not json, or more than 32 MiB of it.
     """
+    with open_file(path) as file:
+        data = file.read(_MOST_JSON + 1)
+    if len(data) > _MOST_JSON:
+        raise ValueError(f"{path} has more than {_MOST_JSON} bytes, too many for json")
     try:
-        return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not json: {error}") from error
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict that must fit exactly.
+    """Load a state dict that must fit exactly; nothing is loaded of one that does not.
 
     Raises:
         ValueError: naming the keys that are missing, unknown or of another shape.
     """
-    own = model.state_dict()
-    problems = []
-    for title, keys in (
-        ("missing", [k for k in own if k not in tensors]),
-        ("unknown", [k for k in tensors if k not in own]),
-        (
-            "of another shape",
-            [
-                f"{k} {tuple(tensors[k].shape)}, expected {tuple(own[k].shape)}"
-                for k in own
-                if k in tensors and tensors[k].shape != own[k].shape
-            ],
-        ),
-    ):
-        if keys:
-            problems.append(f"{title}: {shortened(keys)}")
-    if problems:
-        raise ValueError(f"{source} does not fit the model; {'; '.join(problems)}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    floats = frozenset(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    require_fit(model, Header(shapes, floats, {}), source)
     model.load_state_dict(dict(tensors))
+
+
+def require_fit(model: nn.Module, held: Header, source: str) -> None:
+    """Check that tensors fit a model exactly; it may be one without storage.
+
+    Args:
+        model: that they are for.
+        held: what there is.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: naming the keys that are missing, unknown, of another shape or another type.
+    """
+    own, theirs = model.state_dict(), held.shapes
+    both = [key for key in own if key in theirs]
+    problems = {
+        "missing": [key for key in own if key not in theirs],
+        "unknown": [key for key in theirs if key not in own],
+        "of another shape": [
+            f"{key} {theirs[key]}, expected {tuple(own[key].shape)}"
+            for key in both
+            if theirs[key] != tuple(own[key].shape)
+        ],
+        "of another type": [
+            f"{key}, expected {own[key].dtype}"
+            for key in both
+            if own[key].is_floating_point() != (key in held.floats)
+        ],
+    }
+    found = [f"{title}: {shortened(keys)}" for title, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{source} does not fit the model; {'; '.join(found)}")
 
 
 def shortened(keys: Sequence[str], limit: int = 6) -> str:
@@ -135,3 +214,11 @@ def shortened(keys: Sequence[str], limit: int = 6) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # which is no OSError, but quotes one
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error

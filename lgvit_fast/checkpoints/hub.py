@@ -16,10 +16,14 @@ from lgvit_fast.checkpoints.files import (
     load_json,
     load_strictly,
     load_weights,
+    require_fit,
     save_json,
     save_text,
     save_weights,
 )
+from lgvit_fast.checkpoints.fit import build_fitting, malformed
+from lgvit_fast.checkpoints.header import read_header
+from lgvit_fast.model_config import check_config
 
 if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
@@ -152,11 +156,35 @@ def load_pretrained(
     place = Path(folder)
     if not place.exists() and _HUB_NAME.fullmatch(str(folder)):
         place = _download(str(folder), **hub_options)
-    config = load_json(place / _CONFIG)
-    model = model_class.from_config(config, backbone)
-    tensors = load_weights(place / _WEIGHTS)
-    load_strictly(model, tensors, str(place / _WEIGHTS))
+    config, weights = load_json(place / _CONFIG), str(place / _WEIGHTS)
+    with malformed(place / _CONFIG):
+        check_config(config)
+        held = read_header(weights)
+        _check_depth(config, len(held.shapes))
+
+    def build() -> LGViT:
+        with malformed(place / _CONFIG):
+            return model_class.from_config(config, backbone)
+
+    def check(model: LGViT) -> None:
+        require_fit(model, held, weights)
+
+    if backbone is None:
+        model = build_fitting(build, check, place / _CONFIG)
+    else:  # which is there already, in whatever memory it takes
+        model = build()
+        check(model)
+    load_strictly(model, load_weights(weights), weights)
     return model.eval()
+
+
+def _check_depth(config: dict[str, Any], tensors: int) -> None:
+    """Refuse more blocks than the weights can be of: even without storage a block takes time."""
+    args = (config["backbone"] or {}).get("args", {})
+    depth, depths = args.get("depth") or 0, args.get("depths") or 0
+    blocks = max(depth, sum(depths) if isinstance(depths, list) else depths)
+    if 4 * blocks > tensors:  # a block has two norms, attention and a perceptron at least
+        raise ValueError(f"the config has {blocks} blocks, but the weights only {tensors} tensors")
 
 
 def _download(name: str, **options: Any) -> Path:

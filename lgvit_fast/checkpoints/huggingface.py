@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from lgvit_fast.checkpoints.backbones import swin_from, vit_from
-from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read
-from lgvit_fast.checkpoints.names import huggingface_names
+from lgvit_fast.checkpoints.fit import build_fitting, malformed
+from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read, require_named
+from lgvit_fast.checkpoints.names import Names, huggingface_names
 from lgvit_fast.model import LGViT
 
 __all__ = ["from_huggingface"]
 
+_NAME = "the Hugging Face checkpoint"
 _UNUSED = r"\w+\.pooler\.|.*\.(mask_token|relative_position_index)$"
 # transformers 5 renamed its modules; files keep the older names, which are the ones used here.
 _SINCE_5 = [
@@ -65,13 +67,22 @@ def from_huggingface(source: nn.Module | Source, config: Config = None, **option
     (root,) = roots
     if settings.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act={settings['hidden_act']!r}, expected 'gelu' (the erf form)")
-    num_classes = tensors[name].shape[0]
-    if root == "swin":
-        backbone = swin_from(tensors, settings, num_classes)
-    else:
-        backbone = vit_from(tensors, settings, root, num_classes)
-    names = huggingface_names(backbone.state_dict(), root, distilled=name.startswith("cls"))
-    load_named(backbone, names, tensors, _UNUSED, "the Hugging Face checkpoint")
+    with malformed(_NAME):
+        num_classes = tensors[name].shape[0]
+
+    def build() -> nn.Module:
+        if root == "swin":
+            return swin_from(tensors, settings, num_classes)
+        return vit_from(tensors, settings, root, num_classes)
+
+    def names(model: nn.Module) -> Names:
+        return huggingface_names(model.state_dict(), root, distilled=name.startswith("cls"))
+
+    def check(model: nn.Module) -> None:
+        require_named(model, names(model), tensors, _UNUSED, _NAME)
+
+    backbone = build_fitting(build, check, _NAME)
+    load_named(backbone, names(backbone), tensors, _UNUSED, _NAME)
     model = LGViT(backbone, **options)
     model.set_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if root == "swin" else 1e-12))
     if model.num_classes == num_classes:

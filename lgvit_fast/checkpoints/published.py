@@ -11,15 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lgvit_fast.checkpoints.backbones import depth_of, swin_from, vit_from
+from lgvit_fast.checkpoints.backbones import depth_of, swin_depths, swin_from, vit_from
 from lgvit_fast.checkpoints.files import save_json, save_weights
-from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read
+from lgvit_fast.checkpoints.fit import build_fitting, malformed
+from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read, require_named
 from lgvit_fast.checkpoints.names import published_names, scatter
 from lgvit_fast.heads.layout import ExitSpec, default_heads, default_layers
 from lgvit_fast.model import LGViT
 
 __all__ = ["export_published", "load_published"]
 
+_NAME = "the published checkpoint"
 # The pooler and stage 2's second norm are trained by nothing and read by nothing we keep.
 _UNUSED = r"(deit\.pooler|swin\.pooler|layernorm)\.|.*\.relative_position_index$"
 # Strides of Swin's global heads by stage and number; the code has them built in.
@@ -73,14 +75,25 @@ def load_published(source: Source, config: Config = None) -> LGViT:
             f" published LGViT; it starts with {sorted(tensors)[:3]}{hint}"
         )
     _check_backbone(tensors, settings, swin)
+    if swin:
+        with malformed(_NAME):
+            tensors = _without_unused_heads(tensors, settings)
+
+    def check(model: LGViT) -> None:
+        require_named(model, published_names(model), tensors, _UNUSED, _NAME)
+
+    model = build_fitting(lambda: _build(tensors, settings, swin), check, _NAME)
+    load_named(model, published_names(model), tensors, _UNUSED, _NAME)
+    return model.eval()
+
+
+def _build(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], swin: bool) -> LGViT:
+    """The model for a checkpoint, with fresh weights."""
     num_classes = _num_classes(tensors, settings)
     backbone: nn.Module
     if swin:
         backbone = swin_from(tensors, settings, num_classes)
-        depths = [len(stage.blocks) for stage in backbone.layers]  # type: ignore[union-attr]
-        homes, specs = _swin_exits(tensors, settings, depths)
-        left_over = {k for k in tensors if ".highway." in k and not k.startswith(tuple(homes))}
-        tensors = {key: value for key, value in tensors.items() if key not in left_over}
+        _, specs = _swin_exits(tensors, settings, swin_depths(tensors))
         num_heads = 8
     else:
         backbone = vit_from(tensors, settings, "deit", num_classes)
@@ -89,8 +102,16 @@ def load_published(source: Source, config: Config = None) -> LGViT:
         num_heads = backbone.blocks[0].attn.num_heads if own else 8  # type: ignore[index, union-attr]
     model = LGViT(backbone, specs, num_heads=num_heads)
     model.set_layer_norm_eps(settings.get("layer_norm_eps", 1e-5 if swin else 1e-12))
-    load_named(model, published_names(model), tensors, _UNUSED, "the published checkpoint")
-    return model.eval()
+    return model
+
+
+def _without_unused_heads(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors but those of heads that no position uses: the code makes some in a Swin."""
+    homes, _ = _swin_exits(tensors, settings, swin_depths(tensors))
+    used = tuple(homes)
+    return {k: v for k, v in tensors.items() if ".highway." not in k or k.startswith(used)}
 
 
 def export_published(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lgvit_fast.checkpoints.backbones import depth_of, make_swin, make_vit
-from lgvit_fast.checkpoints.foreign import Source, load_named, read
+from lgvit_fast.checkpoints.fit import build_fitting
+from lgvit_fast.checkpoints.foreign import Source, load_named, read, require_named
 from lgvit_fast.checkpoints.names import torchvision_names
 from lgvit_fast.model import LGViT
 
 __all__ = ["from_torchvision"]
 
+_NAME = "the torchvision checkpoint"
 _UNUSED = r".*\.relative_position_index$"
 
 
@@ -44,18 +45,23 @@ def from_torchvision(source: nn.Module | Source, **options: Any) -> LGViT:
             "this is a torchvision Swin V2, which is not converted; the nearest that works is"
             " create_model('swinv2_tiny_window8_256'), or a torchvision Swin V1"
         )
-    if "encoder.pos_embedding" in tensors:
-        backbone = _vit(tensors, num_heads)
-    elif any(re.match(r"features\.1\.0\.attn\.relative_position_bias_table", k) for k in tensors):
-        backbone = _swin(tensors)
-    else:
+    swin = "encoder.pos_embedding" not in tensors
+    if swin and "features.1.0.attn.relative_position_bias_table" not in tensors:
         raise ValueError(
             "expected the weights of a torchvision VisionTransformer or SwinTransformer;"
             f" found names that start with {sorted(tensors)[:3]}"
         )
-    swin = "encoder.pos_embedding" not in tensors
+
+    def build() -> nn.Module:
+        return _swin(tensors) if swin else _vit(tensors, num_heads)
+
+    def check(model: nn.Module) -> None:
+        names = torchvision_names(model.state_dict(), swin)
+        require_named(model, names, tensors, _UNUSED, _NAME)
+
+    backbone = build_fitting(build, check, _NAME)
     names = torchvision_names(backbone.state_dict(), swin)
-    load_named(backbone, names, tensors, _UNUSED, "the torchvision checkpoint")
+    load_named(backbone, names, tensors, _UNUSED, _NAME)
     return LGViT(backbone, **options).eval()
 
 

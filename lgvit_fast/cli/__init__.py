@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _accept_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments)
-    args = parser.parse_args(arguments)
+    args = argparse.Namespace(command="", debug="--debug" in arguments)
     try:
+        args = _parser(arguments).parse_args(arguments, args)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -63,14 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if args.debug:
             raise
-        print(f"\nlgvit-fast {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted(args.command, stop, ends=argv is None)
     except Exception as error:
         if args.debug:
             raise
+        if isinstance(error.__context__, KeyboardInterrupt):  # an import that was interrupted
+            return _interrupted(args.command, error.__context__, ends=argv is None)
         return _complain(args.command, error, 1)
 
 
@@ -111,6 +113,15 @@ def _accept_any_name() -> None:
     ):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+
+
+def _interrupted(command: str, stop: BaseException, ends: bool) -> int:
+    """Say so in one line; where the process ends with it, no second Ctrl-C can add to that."""
+    if ends:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    hint = f"; {stop}" if str(stop) else ""
+    print(f"{f'lgvit-fast {command}'.strip()}: interrupted{hint}", file=sys.stderr)
+    return 130
 
 
 def _complain(command: str, error: Exception, code: int) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import types
 import typing
 from typing import Any
@@ -65,12 +64,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = train(config)
     except KeyboardInterrupt:
-        print(
-            "\nlgvit-fast train: interrupted; the same command with --resume goes on from the last"
-            " checkpoint",
-            file=sys.stderr,
-        )
-        return 130
+        raise KeyboardInterrupt(
+            "the same command with --resume goes on from the last checkpoint"
+        ) from None
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks for all
         _show(result, config)
     return 0

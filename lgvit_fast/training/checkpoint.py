@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from lgvit_fast.checkpoints.files import load_weights, save_weights
+from lgvit_fast.checkpoints.files import read_weights, save_weights
+from lgvit_fast.checkpoints.fit import malformed
 
 FORMAT = "lgvit-fast training checkpoint 1"
 _TENSOR = "__tensor__"
@@ -47,15 +47,18 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is truncated, a pickle, or not a training checkpoint.
+            ValueError: if it is truncated, damaged, a pickle, or not a training checkpoint.
         """
-        tensors = load_weights(path)
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        tensors, header = read_weights(path)
         if header.get("format") != FORMAT:
             found = header.get("format", "no format entry")
             raise ValueError(f"{path} is not a training checkpoint ({found}, expected {FORMAT!r})")
-        return cls(_unpack(json.loads(header["state"]), tensors), json.loads(header["facts"]))
+        with malformed(path):
+            state = _unpack(json.loads(header["state"]), tensors)
+            facts = json.loads(header["facts"])
+        if not isinstance(state, dict) or not isinstance(facts, dict):
+            raise ValueError(f"{path} is malformed: its state and facts are no tables")
+        return cls(state, facts)
 
 
 def differences(saved: Any, current: Any, name: str = "", limit: int = 8) -> list[str]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lgvit_fast.backbones.timm_arguments import check_arguments
 from lgvit_fast.checkpoints.files import load_json, save_json
+from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.training.losses import STRATEGIES, Strategy
 from lgvit_fast.training.recipes import RECIPES
 
@@ -151,6 +153,8 @@ class TrainConfig:
         val_split: likewise, for validation.
         val_data: folder or tar for validation; None: `val_split`, or a held-out part of `data`.
         val_fraction: part of the training images held out where nothing else is for validation.
+        check_contents: read every training image at the start, so that a resumed run notices other
+            contents too, not only other names and sizes.
         batch_size: images per batch and process.
         val_batch_size: None: as `batch_size`.
         workers: loader processes; 0 loads in the training process. Changes no result.
@@ -195,6 +199,7 @@ class TrainConfig:
     val_split: str = "validation"
     val_data: str | None = None
     val_fraction: float = 0.1
+    check_contents: bool = False
     batch_size: int = 64
     val_batch_size: int | None = None
     workers: int = 2
@@ -288,8 +293,21 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
-        """Read what `save` wrote."""
-        return cls.from_dict(load_json(path))
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: not such a file, or one with arguments of timm's that no file may set.
+        """
+        values = load_json(path)
+        with malformed(path):
+            if not isinstance(values, dict):
+                raise ValueError(f"{path} holds a {type(values).__name__}, expected a json object")
+            config = cls.from_dict(values)
+            ours = ("pool", "exit_num_heads")
+            theirs = {k: v for k, v in config.model_kwargs.items() if k not in ours}
+            check_arguments(theirs, f"model_kwargs of {path}")
+        return config
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lgvit_fast.checkpoints.files import load_json, load_weights
+from lgvit_fast.checkpoints.files import load_json, load_strictly, load_weights
+from lgvit_fast.checkpoints.fit import malformed
+from lgvit_fast.checkpoints.header import read_header
 from lgvit_fast.model import LGViT
+from lgvit_fast.model_config import check_config
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 
 __all__ = ["describe", "load_model", "load_stage1", "require_same"]
 
 
-def describe(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe(config: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """What makes two models interchangeable: backbone, classes, exits and the shape of each weight.
 
     Args:
         config: what `LGViT.get_config` gives.
-        weights: the state dict.
+        shapes: of the state dict's tensors.
     """
     facts = {key: value for key, value in config.items() if key not in ("policy", "class_names")}
     facts["exits"] = [f"{spec['head']} after block {spec['layer']}" for spec in config["exits"]]
@@ -28,7 +29,7 @@ def describe(config: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str,
         arguments = facts["backbone"]["args"].items()
         kept = {key: value for key, value in arguments if "drop" not in key}
         facts["backbone"] = {**facts["backbone"], "args": kept}
-    facts["weights"] = {name: list(value.shape) for name, value in weights.items()}
+    facts["weights"] = {name: list(shape) for name, shape in shapes.items()}
     return facts
 
 
@@ -53,9 +54,10 @@ def load_stage1(path: str | Path, model: LGViT) -> None:
         raise ValueError(
             f"{path} is a checkpoint of {checkpoint.facts.get('stage')}, not of stage1"
         )
-    require_same(path, checkpoint.facts["model"], describe_model(model))
-    weights = checkpoint.state["ema"] or checkpoint.state["model"]
-    model.load_state_dict(weights)
+    with malformed(path):
+        require_same(path, checkpoint.facts["model"], describe_model(model))
+        weights = checkpoint.state["ema"] or checkpoint.state["model"]
+        load_strictly(model, weights, str(path))
 
 
 def load_model(folder: str | Path, model: LGViT) -> None:
@@ -63,16 +65,20 @@ def load_model(folder: str | Path, model: LGViT) -> None:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the two differ, naming what differs.
+        ValueError: if one is damaged or the two differ, naming what differs.
     """
-    config = load_json(Path(folder) / "config.json")
-    weights = load_weights(Path(folder) / "model.safetensors")
-    require_same(Path(folder), describe(config, weights), describe_model(model))
-    model.load_state_dict(weights)
+    folder = Path(folder)
+    config, path = load_json(folder / "config.json"), folder / "model.safetensors"
+    with malformed(folder):
+        check_config(config)
+        saved = describe(config, read_header(path).shapes)
+        require_same(folder, saved, describe_model(model))
+    load_strictly(model, load_weights(path), str(path))
 
 
 def describe_model(model: LGViT) -> dict[str, Any]:
-    return describe(model.get_config(), model.state_dict())
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return describe(model.get_config(), shapes)
 
 
 def require_same(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -110,6 +110,6 @@ class RunLog:
                 row = json.loads(line)
             except json.JSONDecodeError:  # cut short by a kill
                 continue
-            if row["update"] <= update:
+            if isinstance(row, dict) and row.get("update", update) <= update:
                 kept.append(line + "\n")
         save_text(self.path, "".join(kept))

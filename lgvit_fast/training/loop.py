@@ -16,11 +16,14 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
+from lgvit_fast.checkpoints.files import load_strictly, remove_leftovers
+from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Loader, Source
 from lgvit_fast.data.seeds import seed_all
 from lgvit_fast.model import LGViT
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 from lgvit_fast.training.config import StageConfig, TrainConfig
+from lgvit_fast.training.fingerprint import fingerprint
 from lgvit_fast.training.identity import describe_model
 from lgvit_fast.training.logs import RunLog
 from lgvit_fast.training.process import Process
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best"
+_FILES = (CHECKPOINT, "config.json", "metrics.jsonl", "model.safetensors", "README.md")
 
 # config fields that may change when a run goes on: they alter where and how fast, not what
 _FREE = {
@@ -162,6 +166,7 @@ class _StageRun:
                 label_smoothing=config.label_smoothing,
                 num_classes=model.num_classes,
             )
+        self.images: dict[str, str] | None = None  # their fingerprint, taken once
         self.progress = _Progress()
         self.lr = 0.0  # of the update just done
         self.log: RunLog | None = None
@@ -173,6 +178,8 @@ class _StageRun:
         progress = self.progress
         if self.process.primary:
             # only now: a run that was refused must not touch what is there
+            for folder in (self.folder.parent, self.folder, self.folder / BEST):
+                remove_leftovers(folder, _FILES)
             self.config.save(self.folder.parent / "config.json")
             self.log = RunLog(
                 self.folder,
@@ -365,12 +372,15 @@ class _StageRun:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the run that goes on from it."""
         config = self.config.to_dict()
+        if self.images is None:
+            self.images = fingerprint(self.loader.source, self.config.check_contents)
         return {
             "stage": self.name,
             "model": describe_model(self.model),
             "config": {key: value for key, value in config.items() if key not in _FREE},
             self.name: config[self.name],
             "training images": self.loader.batches.length,
+            "images in": self.images,
             "processes": self.process.world_size,
         }
 
@@ -390,19 +400,25 @@ class _StageRun:
         """Go on exactly where the checkpoint was made.
 
         Raises:
-            ValueError: if it belongs to another model, config, data set size or number of processes.
+            ValueError: if it is damaged, or belongs to another model, config, data set (number, names
+                or sizes of its images) or number of processes.
         """
-        for left_by_a_kill in self.folder.glob(f".{CHECKPOINT}.*"):
-            left_by_a_kill.unlink(missing_ok=True)
         checkpoint = Checkpoint.load(self.path)
-        found = differences(checkpoint.facts, self.facts())
+        # a checkpoint of an older version says nothing of what has been added since
+        added = {"images in": self.facts()["images in"]}
+        saved = {**added, **checkpoint.facts}
+        config = saved.get("config")
+        if isinstance(config, dict):
+            config.setdefault("check_contents", self.config.check_contents)
+        found = differences(saved, self.facts())
         if found:
             raise ValueError(f"cannot resume {self.path}, it differs in " + "; ".join(found))
         state = checkpoint.state
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self.progress = _Progress(**state["progress"])
+        with malformed(self.path):
+            load_strictly(self.model, state["model"], str(self.path))
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema is not None:
+                load_strictly(self.ema.module, state["ema"], str(self.path))
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state["scaler"])
+            self.progress = _Progress(**state["progress"])

@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lgvit_fast.model import LGViT, create_model
 from lgvit_fast.training.config import TrainConfig
 from lgvit_fast.training.datasets import Data
 from lgvit_fast.training.identity import load_model, load_stage1
+from lgvit_fast.training.lock import locked
 from lgvit_fast.training.loop import BEST, CHECKPOINT, StageResult, train_stage
 from lgvit_fast.training.process import Process
 from lgvit_fast.training.recipes import RECIPES
@@ -52,7 +54,8 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
         The best model and how good it is.
 
     Raises:
-        FileExistsError: if `output` holds a run and `resume` is not set.
+        FileExistsError: if `output` holds a run and `resume` is not set, or another process is
+            running in it.
         FileNotFoundError: if data, or the stage 1 model that stage 2 needs, are not there.
         ValueError: if a checkpoint belongs to another model or config, naming what differs.
         BadImageError: at an unreadable image, unless `skip_bad_images`.
@@ -60,13 +63,27 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
     """
     output = Path(config.output)
     names = ["stage1", "stage2"] if config.stage == "both" else [f"stage{config.stage}"]
+    _refuse_used(output, names, config)
+    process = Process.start(config.device)
+    data = Data.open(config)
+    with locked(output) if process.primary else nullcontext():
+        if process.primary:
+            _refuse_used(output, names, config)  # by a run that ended just now
+        return _train(config, model, process, data, names)
+
+
+def _refuse_used(output: Path, names: list[str], config: TrainConfig) -> None:
     used = [output / name for name in names if (output / name / CHECKPOINT).exists()]
     if used and not config.resume:
         raise FileExistsError(
             f"{used[0]} holds a run; resume it (resume=True) or choose another output"
         )
-    process = Process.start(config.device)
-    data = Data.open(config)
+
+
+def _train(
+    config: TrainConfig, model: LGViT | None, process: Process, data: Data, names: list[str]
+) -> TrainResult:
+    output = Path(config.output)
     seed_all(config.seed, "init")
     if model is None:
         model = create_model(

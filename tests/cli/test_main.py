@@ -1,7 +1,10 @@
 """The command as a whole: help, exit codes, messages."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -113,3 +116,36 @@ def test_it_runs_as_a_module_and_passes_its_exit_code_on(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+INTERRUPTED = """
+import sys
+from lgvit_fast.cli import main
+print("ready", flush=True)
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 1.0, 3.0, 6.0])
+def test_an_interrupt_at_any_time_is_one_line_and_130(delay, tmp_path):
+    """Also before torch is there, and with loader workers, which get the signal too."""
+    options = [
+        "train", "--output", str(tmp_path / "run"), "--model", "vit_tiny_patch16_224",
+        "--device", "cpu",
+        "--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=32", "depth=4", "num_heads=2",
+        "--stage1.epochs", "1000", "--workers", "2", "--no-progress", "--no-tensorboard",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith("lgvit-fast") and "interrupted" in error

@@ -17,6 +17,7 @@ from PIL import Image
 from lgvit_fast.checkpoints.files import load_weights
 from lgvit_fast.training import TrainConfig, loop, train
 from lgvit_fast.training.checkpoint import Checkpoint
+from lgvit_fast.training.lock import locked
 
 
 class Interrupted(Exception):
@@ -211,3 +212,119 @@ def test_damaged_checkpoints_are_refused(damage, small_config):
     message = {"truncated": "not a whole", "pickle": "pickle", "weights alone": "not a training"}
     with pytest.raises(ValueError, match=message[damage]):
         train(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("change", ["renamed", "resized", "moved", "contents"])
+def test_resuming_with_other_images_names_the_folder(change, image_folder, small_config):
+    contents = change == "contents"
+    fields = {"data": image_folder, "stage1": {"epochs": 1}, "check_contents": contents}
+    config = small_config(**fields)
+    train(config)
+    file = Path(image_folder) / "b" / "7.png"
+    if change == "renamed":
+        file.rename(file.with_name("x.png"))
+    elif change == "resized":
+        Image.new("L", (17, 16)).save(file)
+    elif change == "moved":
+        file.rename(Path(image_folder) / "c" / "b7.png")
+    else:
+        data = bytearray(file.read_bytes())
+        data[-20] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"images in\.b: '30 images, .*' in the checkpoint, now '"):
+        train(replace(config, resume=True))
+
+
+def test_a_data_set_elsewhere_is_the_same_one(image_folder, small_config, tmp_path):
+    config = small_config(data=image_folder, stage1={"epochs": 1})
+    train(config)
+    Path(image_folder).rename(tmp_path / "moved")
+    train(replace(config, resume=True, data=str(tmp_path / "moved")))
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_resumes(image_folder, small_config):
+    config = small_config(data=image_folder, stage1={"epochs": 1})
+    train(config)
+    path = Path(config.output) / "stage1" / loop.CHECKPOINT
+    old = Checkpoint.load(path)
+    del old.facts["images in"], old.facts["config"]["check_contents"]
+    old.save(path)
+    train(replace(config, resume=True))
+
+
+def test_what_a_kill_left_is_removed_at_resume(small_config):
+    config = small_config(stage1={"epochs": 1})
+    train(config)
+    stage = Path(config.output) / "stage1"
+    left = [
+        stage / ".checkpoint.safetensors.abc_12x9",
+        stage / ".tmpA1b2C3",
+        stage / ".metrics.jsonl.abcdefgh",
+        stage / loop.BEST / ".model.safetensors.abcdefgh",
+        stage / loop.BEST / ".tmpZZZZZZ",
+        Path(config.output) / ".config.json.abcdefgh",
+    ]
+    kept = [stage / ".notes", stage / ".mine.abcdefgh", stage / "x.tmpA1b2C3"]
+    for path in (*left, *kept):
+        path.write_text("half a file")
+    train(replace(config, resume=True))
+    assert not [path for path in left if path.exists()]
+    assert all(path.exists() for path in kept)
+
+
+# ------------------------------------------------------------------------------------- the lock
+
+HOLDS = """
+import sys, time
+from lgvit_fast.training.lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the folder `run`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_two_runs_in_one_folder(resume, small_config, holder):
+    config = small_config("run", resume=resume)
+    with pytest.raises(FileExistsError, match=rf"in use by process {holder.pid} on .* since 20"):
+        train(config)
+    assert [path.name for path in Path(config.output).iterdir()] == [".lock"]
+    holder.kill()
+    holder.wait()
+    train(replace(config, stage1=replace(config.stage1, epochs=1)))
+    assert not (Path(config.output) / ".lock").exists()
+
+
+def test_two_runs_of_one_process(tmp_path):
+    with locked(tmp_path), pytest.raises(FileExistsError, match="in use"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    context = locked(tmp_path)
+    context.__enter__()
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        context.__exit__(None, None, None)
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -1,0 +1,120 @@
+"""State dicts that `torch.save` wrote, read without running code and without growing.
+
+A few hundred bytes of such a file can stand for gigabytes: compressed entries, storages that are
+declared but not there, tensors that repeat one element. So its pickle is scanned first, then read with
+storages that take no memory, and only what the file really holds is loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lgvit_fast.checkpoints.header import open_file
+
+__all__ = ["load_state_dict"]
+
+_MOST_PICKLE = (
+    32 << 20
+)  # bytes of a pickle in an archive; that of a large model has half a megabyte
+# All that a state dict is made of, beside the storages.
+_KNOWN = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+_OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ", "NEWOBJ_EX"}
+
+
+def load_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a file of plain tensors by name, `weights_only`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        IsADirectoryError: a folder.
+        ValueError: a damaged file, one with more than plain tensors in it, or one that declares more
+            than it holds.
+    """
+    path = Path(path)
+    with open_file(path) as file:
+        data = file.read()
+    try:
+        _scan(data)
+        with FakeTensorMode():
+            _check_sizes(_load(data), len(data))
+        return _load(data)
+    except Exception as error:  # whatever a damaged archive or pickle leads to
+        raise ValueError(f"{path} is not a whole file of plain tensors: {error}") from error
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
+        raise ValueError("it does not hold a state dict")
+    return tensors
+
+
+def _scan(data: bytes) -> None:
+    """Refuse compressed archives, and pickles that name anything but what a state dict needs."""
+    if not data.startswith(b"PK"):
+        _scan_pickles(data)
+        return
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is compressed, which torch.save never does")
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("its entries are larger than the file")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                if entry.file_size > _MOST_PICKLE:
+                    raise ValueError(f"{entry.filename} has {entry.file_size} bytes")
+                _scan_pickles(archive.read(entry))
+
+
+def _scan_pickles(data: bytes) -> None:
+    """Look through the pickles that stand one after the other at the start of the data."""
+    stream = io.BytesIO(data)
+    for _ in range(5):  # before there were archives: three of a preamble, the tensors, the storages
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name in _OTHER_WAYS:
+                raise ValueError(f"its pickle uses {opcode.name}, which a state dict never needs")
+            if opcode.name == "GLOBAL" and not _is_known(str(argument)):
+                raise ValueError(f"its pickle names {argument!r}; a state dict is plain tensors")
+        if stream.tell() == len(data):
+            return
+
+
+def _is_known(name: str) -> bool:
+    module, _, kind = name.partition(" ")
+    return name in _KNOWN or (
+        module in ("torch", "torch.storage") and kind.endswith("Storage") and kind.isalnum()
+    )
+
+
+def _check_sizes(tensors: dict[str, Any], size: int) -> None:
+    """Refuse tensors that would take more memory than the file has bytes."""
+    storages = {}  # kept alive, so that each has an id of its own
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.layout}, expected a dense tensor")
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage
+        if tensor.nbytes > storage.nbytes():
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, more than is stored of it")
+        total += tensor.nbytes
+    # Tied weights are stored once and named twice.
+    stored = sum(storage.nbytes() for storage in storages.values())
+    if stored > size or total > 2 * size:
+        raise ValueError("its tensors are larger than the file")
