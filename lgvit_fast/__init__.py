@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lgvit_fast.policies import (
         Confidence,
         Entropy,
+        Learned,
         Patience,
         PatientConfident,
         Policy,
@@ -40,6 +41,7 @@ __all__ = [
     "ExitSpec",
     "Inference",
     "LGViT",
+    "Learned",
     "Patience",
     "PatientConfident",
     "Policy",
@@ -60,7 +62,15 @@ _HOME = {
     "checkpoints": ("load_published",),
     "model": ("LGViT", "create_model"),
     "outputs": ("ExitOutputs", "Inference"),
-    "policies": ("Confidence", "Entropy", "Patience", "PatientConfident", "Policy", "Replay"),
+    "policies": (
+        "Confidence",
+        "Entropy",
+        "Learned",
+        "Patience",
+        "PatientConfident",
+        "Policy",
+        "Replay",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

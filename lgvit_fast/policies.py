@@ -8,6 +8,7 @@ an image gets the same answer alone or in any batch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgvit_fast.ops.exit_step import ExitRule, RuleKind
+from lgvit_fast.evidence import INPUTS, as_type, evidence, log_softmax, where
+from lgvit_fast.ops.exit_step import ExitRule, ExitStep, RuleKind
 
 __all__ = [
     "NEVER",
     "POLICIES",
     "Confidence",
     "Entropy",
+    "Learned",
     "Patience",
     "PatientConfident",
     "Policy",
@@ -33,7 +36,7 @@ __all__ = [
 
 
 class Policy:
-    """Base of all policies; subclass and override `rule` (and `decide` for one beyond the rules)."""
+    """Base of all policies; subclass and override `rule`, or `decide` for one beyond the rules."""
 
     def check(self, num_exits: int) -> None:
         """Raise ValueError unless the policy fits a model of `num_exits` exits."""
@@ -52,9 +55,18 @@ class Policy:
         """The rule of an exit, counted from 0."""
         return ExitRule(RuleKind.NEVER)
 
-    def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
-        """Who leaves, `[B]` bool, given what the rule said; by default just that."""
-        return leave
+    def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
+        """The step with who leaves, given what the rule said; by default just that.
+
+        For what no rule says. Plain torch on whole batches, each row by itself, without a wait for the
+        device: so it gives the same in every backend, alone or in any batch, and in a CUDA graph.
+
+        Args:
+            step: logits `[B, K]` of the exit, who leaves by its rule, which logits are numbers.
+            state: `[B, ...]`, as `start` made it; the rule has updated its first two columns.
+            exit_index: the exit, from 0.
+        """
+        return step
 
 
 NEVER = Policy()  # no image leaves before the final classifier
@@ -141,6 +153,92 @@ class PatientConfident(Policy):
         return ExitRule(RuleKind.PATIENT_CONFIDENT, threshold, self.patience)
 
 
+@dataclass(frozen=True)
+class Learned(Policy):
+    """Leave when a logistic model is sure enough that the full model would do no better.
+
+    The exits answer together: the log-probabilities of an exit and of those before it, weighted and
+    added up, are the logits of its answer. What travels with an image is that sum. The logistic model
+    reads what this exit says, what the exits say together, and how long they have agreed
+    (`evidence.INPUTS`). Fitted by `lgvit_fast.calibrate(kind="learned")`, for all exits of one model.
+
+    Args:
+        threshold: log-odds, any finite number; the higher, the later images leave.
+        coefficients: for each exit a constant and one coefficient an input: E x 9.
+        mixture: weight of each exit's log-probabilities in the sum, E numbers.
+        sharpness: what the sum is multiplied by at each exit, E numbers.
+        num_classes: K.
+    """
+
+    threshold: float
+    coefficients: Sequence[Sequence[float]]
+    mixture: Sequence[float]
+    sharpness: Sequence[float]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        exits, columns = len(self.coefficients), 1 + len(INPUTS)
+        rows = (*self.coefficients, self.mixture, self.sharpness, [self.threshold])
+        if not all(isinstance(x, int | float) and math.isfinite(x) for row in rows for x in row):
+            raise ValueError("Learned holds a value that is no finite number")
+        if not exits or any(len(row) != columns for row in self.coefficients):
+            raise ValueError(f"coefficients={self.coefficients}, expected {columns} for each exit")
+        if len(self.mixture) != exits or len(self.sharpness) != exits:
+            raise ValueError(
+                f"mixture has {len(self.mixture)} and sharpness {len(self.sharpness)} entries,"
+                f" coefficients are for {exits} exits"
+            )
+
+    def __str__(self) -> str:
+        return f"Learned({self.threshold:.4g}, {len(self.mixture)} exits)"
+
+    def check(self, num_exits: int) -> None:
+        if len(self.mixture) != num_exits:
+            raise ValueError(
+                f"policy is for {len(self.mixture)} exits, the model has {num_exits} exits"
+            )
+
+    def start(self, batch: int, device: torch.device) -> Tensor:
+        """State: run length and last class, then the sum, whose float32 are kept as int32."""
+        zeros = torch.zeros((batch, self.num_classes), dtype=torch.int32, device=device)
+        return torch.cat((super().start(batch, device), zeros), dim=1)
+
+    def rule(self, exit_index: int) -> ExitRule:
+        """Counts the run of equal classes and lets nobody leave."""
+        return _COUNT_RUN
+
+    def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
+        logits, score = self.score(step, state, exit_index)
+        leave = (score > self.threshold) & step.valid
+        return ExitStep(as_type(logits, step.logits), leave, step.valid)
+
+    def score(self, step: ExitStep, state: Tensor, exit_index: int) -> tuple[Tensor, Tensor]:
+        """Logits `[B, K]` of the exits together, and log-odds `[B]` float32 that they suffice.
+
+        Adds the exit to the sum in `state`.
+
+        Raises:
+            ValueError: the logits are of another number of classes.
+        """
+        if step.logits.shape[-1] != self.num_classes:
+            raise ValueError(
+                f"policy is for {self.num_classes} classes, the model has {step.logits.shape[-1]}"
+            )
+        own = log_softmax(step.logits)
+        total = state[:, 2:].view(own.dtype)
+        added = total + self.mixture[exit_index] * own
+        total[...] = where(step.valid[:, None], added, total)
+        logits = self.sharpness[exit_index] * total
+        inputs = evidence(own, log_softmax(logits), state[:, 0])
+        score, *coefficients = self.coefficients[exit_index]
+        for coefficient, values in zip(coefficients, inputs, strict=True):
+            score = score + coefficient * values
+        return logits, score  # type: ignore[return-value]
+
+
+_COUNT_RUN = ExitRule(RuleKind.PATIENCE, patience=2**31 - 1)
+
+
 class Replay(Policy):
     """Scripts each image's exit by its place in the batch, whatever the logits say.
 
@@ -180,13 +278,13 @@ class Replay(Policy):
     def part(self, start: int, stop: int) -> Replay:
         return Replay(self.exit_index[start:stop])
 
-    def decide(self, leave: Tensor, state: Tensor, exit_index: int) -> Tensor:
-        return state[:, 0] <= exit_index
+    def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
+        return step._replace(leave=state[:, 0] <= exit_index)
 
 
 # The policies that can be saved, by the name they are saved under.
 POLICIES: dict[str, type[Policy]] = {
-    kind.__name__: kind for kind in (Confidence, Entropy, Patience, PatientConfident)
+    kind.__name__: kind for kind in (Confidence, Entropy, Patience, PatientConfident, Learned)
 }
 
 
@@ -194,7 +292,8 @@ def to_dict(policy: Policy) -> dict[str, Any] | None:
     """A policy as json types; None for one whose meaning lives in user code, and for `Replay`."""
     if POLICIES.get(type(policy).__name__) is not type(policy):
         return None
-    return {"name": type(policy).__name__, **dataclasses.asdict(policy)}  # type: ignore[call-overload]
+    numbers = dataclasses.asdict(policy)  # type: ignore[call-overload]
+    return {"name": type(policy).__name__, **json.loads(json.dumps(numbers))}  # tuples as lists
 
 
 def from_dict(saved: Mapping[str, Any]) -> Policy:

@@ -130,8 +130,8 @@ class Segment(nn.Module):
             return ExitStep(logits, torch.ones_like(valid), valid)
         grid = self.adapter.patch_grid(image_size, self.stop)
         rule = policy.rule(self.index)
-        step = self.head.step(self.adapter.to_tokens(tokens), grid, rule, state)
-        return step._replace(leave=policy.decide(step.leave, state, self.index))
+        step = self.head.step(self.adapter.to_tokens(tokens), grid, rule, state[:, :2])
+        return policy.decide(step, state, self.index)
 
     def logits(self, tokens: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """The exit in training form: logits `[B, K]` and the head's feature `[B, n, C]`, or None."""

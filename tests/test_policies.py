@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lgvit_fast import Confidence, Entropy, Patience, PatientConfident, Replay
-from lgvit_fast.ops.exit_step import apply_rule
+from lgvit_fast.ops.exit_step import ExitStep, apply_rule
 
 
 def logits_of(*probabilities):
@@ -19,8 +19,8 @@ def run(policy, *exits):
     state = policy.start(batch, torch.device("cpu"))
     left = torch.full((batch,), -1)
     for index, logits in enumerate(exits):
-        leave, _ = apply_rule(policy.rule(index), logits, state)
-        leave = policy.decide(leave, state, index)
+        step = ExitStep(logits, *apply_rule(policy.rule(index), logits, state))
+        leave = policy.decide(step, state, index).leave
         left = torch.where((left < 0) & leave, index, left)
     return left.tolist()
 

@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgvit_fast.evaluation.bounds import drop_interval, rate_interval
 from lgvit_fast.evaluation.recording import Recording
-from lgvit_fast.ops.exit_step import apply_rule
+from lgvit_fast.ops.exit_step import ExitStep, apply_rule
 from lgvit_fast.policies import Confidence, Entropy, Patience, PatientConfident, Policy
 
 __all__ = [
     "KINDS",
     "Point",
+    "answers",
     "candidates",
     "choose",
     "curves",
     "describe",
     "measure",
     "replay",
+    "summarise",
     "sweep",
 ]
 
@@ -50,21 +53,65 @@ class Point:
 
     Attributes:
         policy: the policy.
-        accuracy: top-1 in [0, 1] of the early-exit answers.
+        accuracy: top-1 in [0, 1] of the early-exit answers; None without labels.
         layer_ratio: L / mean exit layer, the published "speed-up". It leaves out what heads cost.
         shares: part of the images in [0, 1] that left at each exit, and that ran to the end.
         exit_accuracy: top-1 among the images that left at each exit, None where none did.
+        images: n.
+        agreed: images answered as the full model answers them.
+        losses: images that only the full model answers rightly; None without labels.
+        gains: images that only the early-exit answer has right; None without labels.
     """
 
     policy: Policy
-    accuracy: float
+    accuracy: float | None
     layer_ratio: float
     shares: tuple[float, ...]
     exit_accuracy: tuple[float | None, ...]
+    images: int
+    agreed: int
+    losses: int | None
+    gains: int | None
+
+    @property
+    def drop(self) -> float | None:
+        """Accuracy lost to the full model on the same images, in [-1, 1]; None without labels."""
+        if self.losses is None or self.gains is None:
+            return None
+        return (self.losses - self.gains) / self.images
+
+    @property
+    def agreement(self) -> float:
+        """Share in [0, 1] of the answers that are the full model's."""
+        return self.agreed / self.images
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy (Clopper-Pearson), if the policy was chosen on other images."""
+        if self.accuracy is None:
+            return None
+        return rate_interval(round(self.accuracy * self.images), self.images)
+
+    @property
+    def agreement_interval(self) -> tuple[float, float]:
+        """95 % interval of the agreement, likewise."""
+        return rate_interval(self.agreed, self.images)
+
+    @property
+    def drop_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the drop (`bounds.drop_interval`), likewise."""
+        if self.losses is None or self.gains is None:
+            return None
+        return drop_interval(self.losses, self.gains, self.images)
 
     def to_dict(self) -> dict[str, Any]:
         """As json types."""
-        return {**dataclasses.asdict(self), "policy": describe(self.policy)}
+        return {
+            **dataclasses.asdict(self),
+            "policy": describe(self.policy),
+            "accuracy_interval": self.accuracy_interval,
+            "drop_interval": self.drop_interval,
+        }
 
 
 def replay(recording: Recording, policy: Policy) -> Tensor:
@@ -75,35 +122,55 @@ def replay(recording: Recording, policy: Policy) -> Tensor:
     Raises:
         ValueError: the policy is for another number of exits.
     """
+    return answers(recording, policy)[0]
+
+
+def answers(recording: Recording, policy: Policy) -> tuple[Tensor, Tensor]:
+    """Where each image leaves and what it is answered: `[n]` int64 exits and `[n]` int64 classes."""
     policy.check(recording.num_exits)
-    count = len(recording.targets)
-    exit_index = torch.full((count,), recording.num_exits)
-    alive, state = torch.arange(count), policy.start(count, torch.device("cpu"))
+    exit_index = torch.full((len(recording),), recording.num_exits)
+    predictions = recording.logits[-1].argmax(-1)
+    alive, state = torch.arange(len(recording)), policy.start(len(recording), torch.device("cpu"))
     for index in range(recording.num_exits):
-        leave, _ = apply_rule(policy.rule(index), recording.logits[index, alive], state)
-        leave = policy.decide(leave, state, index)
-        exit_index[alive[leave]] = index
-        alive, state = alive[~leave], state[~leave]
-    return exit_index
+        logits = recording.logits[index, alive]
+        step = ExitStep(logits, *apply_rule(policy.rule(index), logits, state[:, :2]))
+        step = policy.decide(step, state, index)
+        exit_index[alive[step.leave]] = index
+        predictions[alive[step.leave]] = step.logits[step.leave].argmax(-1)
+        alive, state = alive[~step.leave], state[~step.leave]
+    return exit_index, predictions
 
 
 def measure(recording: Recording, policy: Policy) -> Point:
-    """Accuracy, layer ratio, and where the images left under a policy."""
-    exit_index = replay(recording, policy)
-    count = len(exit_index)
-    right = recording.logits[exit_index, torch.arange(count)].argmax(-1) == recording.targets
-    left = torch.bincount(exit_index, minlength=recording.num_exits + 1)
-    right_of_left = torch.bincount(exit_index[right], minlength=recording.num_exits + 1)
+    """Accuracy, agreement, layer ratio, and where the images left under a policy."""
+    return summarise(recording, policy, *answers(recording, policy))
+
+
+def summarise(
+    recording: Recording, policy: Policy, exit_index: Tensor, predictions: Tensor
+) -> Point:
+    """`measure` from what `answers` gives."""
+    count, final = len(recording), recording.logits[-1].argmax(-1)
+    left = torch.bincount(exit_index, minlength=recording.num_exits + 1).tolist()
     mean_layer = torch.tensor(recording.layers)[exit_index].double().mean()
+    accuracy = losses = gains = None
+    exit_accuracy: tuple[float | None, ...] = (None,) * len(left)
+    if recording.targets is not None:
+        right, right_in_full = predictions == recording.targets, final == recording.targets
+        hits = torch.bincount(exit_index[right], minlength=len(left)).tolist()
+        exit_accuracy = tuple(h / n if n else None for h, n in zip(hits, left, strict=True))
+        accuracy = float(right.double().mean())
+        losses, gains = int((right_in_full & ~right).sum()), int((right & ~right_in_full).sum())
     return Point(
         policy=policy,
-        accuracy=float(right.double().mean()),
+        accuracy=accuracy,
         layer_ratio=float(recording.layers[-1] / mean_layer),
-        shares=tuple((left / count).tolist()),
-        exit_accuracy=tuple(
-            hits / total if total else None
-            for hits, total in zip(right_of_left.tolist(), left.tolist(), strict=True)
-        ),
+        shares=tuple(n / count for n in left),
+        exit_accuracy=exit_accuracy,
+        images=count,
+        agreed=int((predictions == final).sum()),
+        losses=losses,
+        gains=gains,
     )
 
 
@@ -155,8 +222,8 @@ def choose(points: Sequence[Point], final_accuracy: float, tolerance: float) -> 
         None if every point costs more.
     """
     floor = final_accuracy - tolerance / 100 - 1e-9
-    good = [point for point in points if point.accuracy >= floor]
-    return max(good, key=lambda point: (point.layer_ratio, point.accuracy), default=None)
+    good = [point for point in points if (point.accuracy or 0.0) >= floor]
+    return max(good, key=lambda point: (point.layer_ratio, point.accuracy or 0.0), default=None)
 
 
 def describe(policy: Policy) -> dict[str, Any]:

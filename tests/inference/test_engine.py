@@ -141,8 +141,8 @@ class OnlyEven(lgvit_fast.Policy):
     def __init__(self, first):
         self.first = first
 
-    def decide(self, leave, state, exit_index):
-        return torch.full_like(leave, exit_index >= self.first)
+    def decide(self, step, state, exit_index):
+        return step._replace(leave=torch.full_like(step.leave, exit_index >= self.first))
 
 
 def test_a_policy_of_ones_own(model, mode):
@@ -217,7 +217,7 @@ def test_an_error_leaves_the_engine_usable(model, mode):
     engine = Engine(model, max_batch=4, **mode)
 
     class Broken(lgvit_fast.Policy):
-        def decide(self, leave, state, exit_index):
+        def decide(self, step, state, exit_index):
             raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):

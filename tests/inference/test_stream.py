@@ -101,12 +101,12 @@ def test_interrupts_lose_nothing(model, engine, interrupts, size, order):
     calls = 0
 
     class Interrupted(lgvit_fast.Patience):
-        def decide(self, leave, state, exit_index):
+        def decide(self, step, state, exit_index):
             nonlocal calls
             calls += 1
             if calls in interrupts:
                 raise KeyboardInterrupt
-            return leave
+            return step
 
     running = stream(engine, loader([8, 8, 8]), size, order=order, policy=Interrupted(2))
     answers = []
