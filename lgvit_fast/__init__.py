@@ -18,7 +18,9 @@ from lgvit_fast._version import __version__
 
 if TYPE_CHECKING:
     from lgvit_fast import ops
+    from lgvit_fast.certificate import Certificate
     from lgvit_fast.checkpoints import load_published
+    from lgvit_fast.evaluation import Calibration, calibrate
     from lgvit_fast.heads import ExitSpec
     from lgvit_fast.inference import Engine, pack_, plan_exits, stream
     from lgvit_fast.model import LGViT, create_model
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Calibration",
+    "Certificate",
     "Confidence",
     "Engine",
     "Entropy",
@@ -47,6 +51,7 @@ __all__ = [
     "Policy",
     "Replay",
     "__version__",
+    "calibrate",
     "create_model",
     "load_published",
     "ops",
@@ -59,7 +64,9 @@ __all__ = [
 _HOME = {
     "heads": ("ExitSpec",),
     "inference": ("Engine", "pack_", "plan_exits", "stream"),
+    "certificate": ("Certificate",),
     "checkpoints": ("load_published",),
+    "evaluation": ("Calibration", "calibrate"),
     "model": ("LGViT", "create_model"),
     "outputs": ("ExitOutputs", "Inference"),
     "policies": (

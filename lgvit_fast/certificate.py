@@ -41,7 +41,9 @@ class Check:
 
     def __str__(self) -> str:
         if self.alike:
-            return f"{self.images} images leave where the calibration images left (no evidence else)"
+            return (
+                f"{self.images} images leave where the calibration images left (no evidence else)"
+            )
         gaps = [found - share for found, share in zip(self.found, self.expected, strict=True)]
         exit = max(range(len(gaps)), key=lambda place: abs(gaps[place]))
         where = "at the final classifier" if exit == len(gaps) - 1 else f"at exit {exit}"
@@ -112,7 +114,9 @@ class Certificate:
             claim = f"{sure} at least {self.bound:g} % of its answers are the full model's"
         else:
             unit = "layers" if self.goal == "budget_layers" else "ms an image"
-            claim = f"Chosen for at most {self.limit:g} {unit}; nothing is certified of its accuracy"
+            claim = (
+                f"Chosen for at most {self.limit:g} {unit}; nothing is certified of its accuracy"
+            )
         text = (
             f"{claim}, on images like the {self.images} it was tested on ({self.method};"
             f" candidates from {self.selection_images} others, seed {self.seed}; {self.date[:10]})."
@@ -212,7 +216,7 @@ def _dirichlet_multinomial(counts: np.ndarray, prior: np.ndarray) -> float:
 
 
 def _radius(freedom: int, log_needed: float) -> float:
-    """n times the relative entropy that n images exceed with probability exp(-log_needed)."""
+    """N times the relative entropy that n images exceed with probability exp(-log_needed)."""
     if not freedom:
         return 0.0
     low, high = float(freedom), freedom + 10.0 * (freedom + log_needed)

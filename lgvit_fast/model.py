@@ -21,6 +21,7 @@ from lgvit_fast.backbones.timm_models import (
     remake_backbone,
     set_layer_norm_eps,
 )
+from lgvit_fast.certificate import Certificate
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
 from lgvit_fast.model_config import FORMAT, check_config
 from lgvit_fast.outputs import ExitOutputs, Inference
@@ -105,6 +106,7 @@ class LGViT(TimmInterface, nn.Module):
         parameter = next(timm_model.parameters())
         self.exit_heads.to(parameter.device, parameter.dtype)
         self._policy: Policy = Confidence()
+        self._certificate: Certificate | None = None
         self._backbone_frozen = False
         self.backbone_config = describe_backbone(timm_model)
         self.register_state_dict_post_hook(_hide_backbone_prefix)
@@ -125,6 +127,21 @@ class LGViT(TimmInterface, nn.Module):
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self._policy = self.fitting(policy)
+        certificate = self._certificate
+        if certificate is not None and certificate.policy != policies.to_dict(policy):
+            self._certificate = None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What a calibration has shown of `policy`; saved with it, and gone when it is changed."""
+        return self._certificate
+
+    @certificate.setter
+    def certificate(self, certificate: Certificate | None) -> None:
+        if certificate is not None:
+            layers = (*(spec.layer for spec in self.exits), self.num_blocks)
+            certificate.require(policies.to_dict(self.policy), layers, self.num_classes)
+        self._certificate = certificate
 
     def forward(self, images: Tensor) -> ExitOutputs | Tensor:
         """`ExitOutputs` in train mode, logits `[B, K]` with early exit in eval mode."""
@@ -241,7 +258,7 @@ class LGViT(TimmInterface, nn.Module):
         return self
 
     def get_config(self) -> dict[str, Any]:
-        """Everything but the weights, as json types: backbone, exits, head options, policy."""
+        """Everything but the weights, as json types: backbone, exits, head options, policy, certificate."""
         return {
             "format": FORMAT,
             "backbone": self.backbone_config,
@@ -251,6 +268,7 @@ class LGViT(TimmInterface, nn.Module):
             "pool": self.pool,
             "num_heads": self.num_heads,
             "policy": policies.to_dict(self.policy),
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
         }
 
     @classmethod
@@ -285,6 +303,8 @@ class LGViT(TimmInterface, nn.Module):
         model.class_names = config.get("class_names")
         if config.get("policy"):
             model.policy = policies.from_dict(config["policy"])
+        if config.get("certificate"):
+            model.certificate = Certificate.from_dict(config["certificate"])
         return model
 
     def set_layer_norm_eps(self, eps: float) -> None:

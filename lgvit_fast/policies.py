@@ -215,7 +215,16 @@ class Learned(Policy):
     def score(self, step: ExitStep, state: Tensor, exit_index: int) -> tuple[Tensor, Tensor]:
         """Logits `[B, K]` of the exits together, and log-odds `[B]` float32 that they suffice.
 
-        Adds the exit to the sum in `state`.
+        Adds the exit to the sum in `state`, as `inputs` does.
+        """
+        inputs, logits = self.inputs(step, state, exit_index)
+        score, *coefficients = self.coefficients[exit_index]
+        for coefficient, values in zip(coefficients, inputs, strict=True):
+            score = score + coefficient * values
+        return logits, score  # type: ignore[return-value]
+
+    def inputs(self, step: ExitStep, state: Tensor, exit_index: int) -> tuple[list[Tensor], Tensor]:
+        """The logistic model's inputs, each `[B]` float32, and the logits of the exits together.
 
         Raises:
             ValueError: the logits are of another number of classes.
@@ -229,11 +238,7 @@ class Learned(Policy):
         added = total + self.mixture[exit_index] * own
         total[...] = where(step.valid[:, None], added, total)
         logits = self.sharpness[exit_index] * total
-        inputs = evidence(own, log_softmax(logits), state[:, 0])
-        score, *coefficients = self.coefficients[exit_index]
-        for coefficient, values in zip(coefficients, inputs, strict=True):
-            score = score + coefficient * values
-        return logits, score  # type: ignore[return-value]
+        return evidence(own, log_softmax(logits), state[:, 0]), logits
 
 
 _COUNT_RUN = ExitRule(RuleKind.PATIENCE, patience=2**31 - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -21,6 +22,7 @@ from lgvit_fast.checkpoints.files import (
     save_text,
     save_weights,
 )
+from lgvit_fast.checkpoints.fingerprint import fingerprint
 from lgvit_fast.checkpoints.fit import build_fitting, malformed
 from lgvit_fast.checkpoints.header import read_header
 from lgvit_fast.model_config import check_config
@@ -28,7 +30,9 @@ from lgvit_fast.model_config import check_config
 if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
 
-__all__ = ["load_pretrained", "model_card", "push_to_hub", "save_pretrained"]
+__all__ = ["certifies", "load_pretrained", "model_card", "push_to_hub", "save_pretrained"]
+
+_logger = logging.getLogger("lgvit_fast")
 
 _CONFIG, _WEIGHTS, _CARD = "config.json", "model.safetensors", "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -46,7 +50,7 @@ An image classifier ({{ num_classes }} classes) that answers easy images after a
 |---|---|
 {% for layer, head in exits %}| {{ layer }} | {{ head }} |
 {% endfor %}
-Saved exit policy: `{{ policy }}`.
+Saved exit policy: `{{ policy }}`.{% if certificate %} {{ certificate }}{% endif %}
 
 ```python
 import lgvit_fast
@@ -69,6 +73,9 @@ def save_pretrained(model: LGViT, folder: str | os.PathLike[str], **card_values:
     """
     folder = Path(folder)
     config = model.get_config()
+    if not certifies(model):
+        _logger.warning("the weights changed since the certificate was made: it is not saved")
+        config["certificate"] = None
     save_weights(folder / _WEIGHTS, model.state_dict(), {"format": config["format"]})
     save_json(folder / _CONFIG, config)
     if not (folder / _CARD).exists():
@@ -141,7 +148,8 @@ def model_card(model: LGViT, **values: Any) -> ModelCard:
         "num_blocks": model.num_blocks,
         "num_classes": model.num_classes,
         "exits": [(spec.layer, spec.head) for spec in model.exits],
-        "policy": repr(model.policy),
+        "policy": str(model.policy),
+        "certificate": None if model.certificate is None else str(model.certificate),
     }
     return ModelCard.from_template(data, template_str=_TEMPLATE, **{**facts, **values})
 
@@ -175,7 +183,20 @@ def load_pretrained(
         model = build()
         check(model)
     load_strictly(model, load_weights(weights), weights)
+    if not certifies(model):
+        raise ValueError(
+            f"{place / _CONFIG} holds a certificate of other weights than {weights} has;"
+            " calibrate again, or take the certificate out"
+        )
     return model.eval()
+
+
+def certifies(model: LGViT) -> bool:
+    """Whether the model's certificate, if it names weights, is of the weights it has."""
+    certificate = model.certificate
+    if certificate is None or certificate.model is None:
+        return True
+    return certificate.model == fingerprint(model.state_dict())
 
 
 def _check_depth(config: dict[str, Any], tensors: int) -> None:

@@ -67,9 +67,7 @@ def drop_p_value(losses: int, gains: int, n: int, limit: float, level: float) ->
     return min(bound, 1.0)
 
 
-def drop_interval(
-    losses: int, gains: int, n: int, confidence: float = 0.95
-) -> tuple[float, float]:
+def drop_interval(losses: int, gains: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided interval in [-1, 1] of the drop in accuracy, by inverting `drop_p_value`."""
     level = (1 - confidence) / 2
     return -_drop_limit(gains, losses, n, level), _drop_limit(losses, gains, n, level)

@@ -46,6 +46,21 @@ class Costs:
         """A part's seconds at any batch size, by interpolation; below one image, in proportion."""
         return float(np.interp(batch, (0, *self.batches), (0, *seconds)))
 
+    def per_image(self, histogram: Sequence[float], batch: int | None = None) -> float:
+        """Seconds an image, all exits asked, where so many leave at each exit and at the classifier.
+
+        Args:
+            histogram: E + 1 numbers or shares.
+            batch: images that enter together; None takes the largest measured.
+        """
+        batch = self.batches[-1] if batch is None else batch
+        counts = np.asarray(histogram, dtype=float)
+        entering = 1 - (np.cumsum(counts) - counts) / counts.sum()
+        seconds = self.at(self.embed, batch)
+        for blocks, head, share in zip(self.blocks, self.heads, entering, strict=True):
+            seconds += self.at(blocks, batch * share) + self.at(head, batch * share)
+        return seconds / batch
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -127,7 +142,7 @@ def plan_exits(
     return Plan(
         exits=tuple(layers[i] for i in exits),
         seconds=(embed + seconds) / batch_size,
-        seconds_with_all=(embed + along(range(last))) / batch_size,
+        seconds_with_all=costs.per_image(counts.tolist(), batch_size),
         seconds_dense=(embed + along(())) / batch_size,
         costs=costs,
     )

@@ -37,12 +37,21 @@ class Report:
 
     Attributes:
         segments: shallow to deep.
+        waiting: images of a stream that wait for each segment; 0 for an engine.
         forced: runs of a stream made with less than a full batch, because images had waited long
             enough or no more came; 0 for an engine.
     """
 
     segments: tuple[SegmentReport, ...]
+    waiting: tuple[int, ...]
     forced: int = 0
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Images that left at each exit, and that ran to the end: for `Certificate.check`."""
+        entered = [s.images for s in self.segments]
+        going_on = [n + w for n, w in zip(entered[1:], self.waiting[1:], strict=True)]
+        return tuple(n - on for n, on in zip(entered, [*going_on, 0], strict=True))
 
     @property
     def padded_share(self) -> float:
@@ -83,7 +92,8 @@ class Tally:
         for i, number in enumerate((1, images, padded, wasted)):
             self._counts[place][i] += number
 
-    def report(self) -> Report:
-        """The counts so far."""
+    def report(self, waiting: tuple[int, ...] | None = None) -> Report:
+        """The counts so far, with the images that wait for each segment."""
         rows = zip(self._layers, self._counts, strict=True)
-        return Report(tuple(SegmentReport(layer, *counts) for layer, counts in rows), self.forced)
+        segments = tuple(SegmentReport(layer, *counts) for layer, counts in rows)
+        return Report(segments, waiting or (0,) * len(segments), self.forced)

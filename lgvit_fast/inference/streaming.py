@@ -119,6 +119,7 @@ class Stream(Iterator[Answer]):
         add_lock(self)
         self._source = PulledSource(loader) if max_wait is None else ThreadedSource(loader)
         self._state = _State(deque(), [], [[] for _ in range(len(engine.exits) + 1)], {}, [])
+        self._dropped = [0] * (len(engine.exits) + 1)  # on their way when the stream was closed
         self._running: tuple[Segment, ...] = ()
         self._failures = 0  # in a row
         self._told = False
@@ -150,13 +151,16 @@ class Stream(Iterator[Answer]):
 
     def report(self) -> Report:
         """Occupancy so far: batches and images of each segment, runs below a full batch."""
-        return self._tally.report()
+        with take_turn(self, "the stream"):
+            waiting = zip(map(len, self._state.queues), self._dropped, strict=True)
+            return self._tally.report(tuple(map(sum, waiting)))
 
     def close(self) -> list[Answer]:
         """Stop: take no more images, drop those on their way, give the finished ones not yet given."""
         with take_turn(self, "the stream"):
             self._source.close()
             state = self._state
+            self._dropped = [n + len(q) for n, q in zip(self._dropped, state.queues, strict=True)]
             rest = [*state.ready[state.given :], *state.held.values()]
             self._state = state._replace(
                 slot=deque(),
