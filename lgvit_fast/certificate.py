@@ -108,20 +108,23 @@ class Certificate:
 
     def __str__(self) -> str:
         sure = f"With {100 * self.confidence:g} % confidence"
-        if self.goal == "max_drop" and self.bound is not None:
-            claim = f"{sure} it loses at most {self.bound:g} points of accuracy to the full model"
-        elif self.goal == "min_agreement" and self.bound is not None:
-            claim = f"{sure} at least {self.bound:g} % of its answers are the full model's"
-        else:
+        if self.bound is None:
             unit = "layers" if self.goal == "budget_layers" else "ms an image"
             claim = (
-                f"Chosen for at most {self.limit:g} {unit}; nothing is certified of its accuracy"
+                f"Chosen for at most {self.limit:g} {unit} on {self.selection_images} images; nothing"
+                " is certified of its accuracy"
             )
-        text = (
-            f"{claim}, on images like the {self.images} it was tested on ({self.method};"
-            f" candidates from {self.selection_images} others, seed {self.seed}; {self.date[:10]})."
-        )
-        return f"{text} {self.note}".rstrip()
+        else:
+            claim = (
+                f"{sure} it loses at most {self.bound:g} points of accuracy to the full model"
+                if self.goal == "max_drop"
+                else f"{sure} at least {self.bound:g} % of its answers are the full model's"
+            )
+            claim += (
+                f", on images like the {self.images} it was tested on ({self.method}; candidates from"
+                f" {self.selection_images} other images)"
+            )
+        return f"{claim}. {self.date[:10]}. {self.note}".rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """As json types."""

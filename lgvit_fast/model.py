@@ -258,7 +258,7 @@ class LGViT(TimmInterface, nn.Module):
         return self
 
     def get_config(self) -> dict[str, Any]:
-        """Everything but the weights, as json types: backbone, exits, head options, policy, certificate."""
+        """Everything but the weights, as json types: backbone, exits, heads, policy, certificate."""
         return {
             "format": FORMAT,
             "backbone": self.backbone_config,

@@ -218,10 +218,11 @@ class Learned(Policy):
         Adds the exit to the sum in `state`, as `inputs` does.
         """
         inputs, logits = self.inputs(step, state, exit_index)
-        score, *coefficients = self.coefficients[exit_index]
+        constant, *coefficients = self.coefficients[exit_index]
+        score = constant + 0 * inputs[0]
         for coefficient, values in zip(coefficients, inputs, strict=True):
             score = score + coefficient * values
-        return logits, score  # type: ignore[return-value]
+        return logits, score
 
     def inputs(self, step: ExitStep, state: Tensor, exit_index: int) -> tuple[list[Tensor], Tensor]:
         """The logistic model's inputs, each `[B]` float32, and the logits of the exits together.

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "train a small early-exit model on real digits and see what it gains (minutes)",
     "train": "train a model with early exits, in one or both stages",
     "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
+    "calibrate": "choose the exits' threshold with a guarantee on the accuracy lost",
     "predict": "classify image files",
     "bench": "speed of the fused exits on this machine, beside the plain ones",
     "convert": "checkpoints of the published code, Hugging Face or torchvision to models, and back",

@@ -10,6 +10,7 @@ from typing import Any
 _EXAMPLES = """\
 examples:
   lgvit-fast info
+  lgvit-fast info run/stage2/best
   lgvit-fast info --json | jq .extension
 """
 
@@ -17,12 +18,20 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "model",
+        metavar="MODEL_FOLDER",
+        nargs="?",
+        help="also what is known of a saved model, or of hf-hub:USER/MODEL",
+    )
     parser.add_argument("--json", action="store_true", help="as one json object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known of this installation; always succeeds."""
+    """Print what is known of this installation, and of a model."""
     facts = collect()
+    if args.model:
+        facts["model"] = describe_model(args.model)
     print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0
 
@@ -62,6 +71,26 @@ def collect() -> dict[str, Any]:
     }
 
 
+def describe_model(folder: str) -> dict[str, Any]:
+    """A saved model's exits, policy and certificate, the latter also in words."""
+    from lgvit_fast.cli.options import load_model
+
+    model = load_model(folder, "cpu")
+    certificate = model.certificate
+    config = model.get_config()
+    return {
+        "folder": folder,
+        "backbone": (config["backbone"] or {}).get("name"),
+        "classes": model.num_classes,
+        "blocks": model.num_blocks,
+        "exits": {spec.layer: spec.head for spec in model.exits},
+        "policy": config["policy"],
+        "policy_text": str(model.policy),
+        "certificate": config["certificate"],
+        "certificate_text": str(certificate) if certificate else "none: see lgvit-fast calibrate",
+    }
+
+
 def _text(facts: dict[str, Any]) -> str:
     here, extension = facts["machine"], facts["extension"]
     versions = ("lgvit_fast", "python", "torch", "timm", "triton")
@@ -81,6 +110,13 @@ def _text(facts: dict[str, Any]) -> str:
         for row in rows:
             lines.append(f"  {row['op']:16}{row['backend']}")
             lines += [f"  {'':16}not {name}: {why}" for name, why in row["refused"].items()]
+    if "model" in facts:
+        model = facts["model"]
+        exits = ", ".join(f"{layer} {head}" for layer, head in model["exits"].items())
+        lines += ["", f"model {model['folder']}"]
+        lines += [f"  {model['backbone']}, {model['blocks']} blocks, {model['classes']} classes"]
+        lines += [f"  exits after {exits}", f"  policy {model['policy_text']}"]
+        lines += [f"  certificate: {model['certificate_text']}"]
     lines += ["", "missing"]
     lines += [f"  {line}" for line in facts["missing"]] or ["  nothing"]
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def exit_table(evaluation: Evaluation, model: LGViT) -> str:
 
 def tradeoff_table(evaluation: Evaluation) -> str:
     """The swept policies, of neighbours alike one; the reported one is marked."""
-    final, chosen = evaluation.recording.final_accuracy, evaluation.chosen
+    chosen = evaluation.chosen
     rows: list[list[str]] = []
     for points in curves(evaluation.points).values():
         last = 0.0
@@ -59,11 +59,13 @@ def tradeoff_table(evaluation: Evaluation) -> str:
                 [
                     ("* " if point is chosen else "  ") + str(point.policy),
                     _percent(point.accuracy),
-                    f"{100 * (point.accuracy - final):+.1f}",
+                    f"{-100 * (point.drop or 0.0):+.1f}",
+                    _range(point.drop_interval, -100),
                     f"{point.layer_ratio:.2f}x",
                 ]
             )
-    return table(["  policy", "accuracy", "points to final", "layer ratio"], rows)
+    header = ["  policy", "accuracy", "points to final", "95 % interval", "layer ratio"]
+    return table(header, rows)
 
 
 def timing_table(timings: Sequence[Timing]) -> str:
@@ -85,10 +87,11 @@ def timing_table(timings: Sequence[Timing]) -> str:
 def gain(evaluation: Evaluation) -> str:
     """One line: what early exit gains here, and what it costs."""
     chosen, final = evaluation.chosen, evaluation.recording.final_accuracy
-    change = 100 * (chosen.accuracy - final)
+    accuracy, change = chosen.accuracy or 0.0, -100 * (chosen.drop or 0.0)
     line = (
         f"Early exit runs {chosen.layer_ratio:.2f}x fewer blocks per image and answers"
-        f" {100 * chosen.accuracy:.1f} % right, the full model {100 * final:.1f} % ({change:+.1f})"
+        f" {100 * accuracy:.1f} % right [{_range(chosen.accuracy_interval)}], the full model"
+        f" {100 * final:.1f} % ({change:+.1f} [{_range(chosen.drop_interval, -100)}])"
     )
     if not evaluation.timings:
         return line + "."
@@ -97,6 +100,14 @@ def gain(evaluation: Evaluation) -> str:
         for timing in evaluation.timings
     )
     return f"{line}; by the clock it is {clock}."
+
+
+def _range(interval: tuple[float, float] | None, factor: float = 100) -> str:
+    """An interval of shares as percent, or as points with their sign turned."""
+    if interval is None:
+        return "-"
+    low, high = sorted(factor * end for end in interval)
+    return f"{low:+.1f}, {high:+.1f}" if factor < 0 else f"{low:.1f}, {high:.1f}"
 
 
 def _percent(share: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation and calibration: accuracy of every exit, accuracy against depth, wall clock, and pictures of them."""
+"""Accuracy of every exit, accuracy against depth, certified thresholds, wall clock, pictures."""
 
 from lgvit_fast.evaluation.calibration import Calibration, Estimate, Expected, calibrate
 from lgvit_fast.evaluation.evaluate import Evaluation, evaluate

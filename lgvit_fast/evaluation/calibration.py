@@ -120,6 +120,7 @@ def calibrate(
     confidence: float = 0.95,
     kind: str = "confidence",
     seed: int = 0,
+    weights: str | None = None,
 ) -> Calibration:
     """The boldest policy of a kind that keeps a goal with a given confidence.
 
@@ -139,6 +140,8 @@ def calibrate(
         confidence: in (0, 1).
         kind: "confidence", "entropy", "patience", "patient_confident" or "learned".
         seed: of the split into halves.
+        weights: `fingerprint` of the model that made the recording, for the certificate; taken from
+            the model if one is given.
 
     Raises:
         ValueError: no goal or several, one out of range, a kind that cannot be certified, no targets
@@ -212,7 +215,7 @@ def calibrate(
         exit_counts=tuple(round(share * point.images) for share in point.shares),
         data=recording.digest,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=None if model is None else fingerprint(model.state_dict()),
+        model=weights if model is None else fingerprint(model.state_dict()),
         note=note,
     )
     return Calibration(
@@ -245,12 +248,14 @@ class Outcomes:
         right = scores.predictions == recording.targets
         return cls(scores, right[-1] & ~right, right & ~right[-1], others)
 
-    def count(self, threshold: float) -> tuple[int, int, int, int]:
-        """Losses, gains, answers that are not the full model's, and images, under a threshold."""
-        exits = self.scores.exits(threshold)[None]
+    def counts(self, path: Sequence[float]) -> list[tuple[int, int, int]]:
+        """Losses, gains and answers that are not the full model's, under each threshold."""
+        if not path:
+            return []
+        exits = torch.stack([self.scores.exits(threshold) for threshold in path])
         parts = (self.losses, self.gains, self.others)
-        losses, gains, others = (int(part.gather(0, exits).sum()) for part in parts)
-        return losses, gains, others, exits.shape[1]
+        losses, gains, others = (part.gather(0, exits).sum(1).tolist() for part in parts)
+        return list(zip(losses, gains, others, strict=True))
 
 
 def walk(outcomes: Outcomes, path: Sequence[float], goal: str, limit: float, level: float) -> int:
@@ -263,8 +268,8 @@ def walk(outcomes: Outcomes, path: Sequence[float], goal: str, limit: float, lev
         limit: points or percent.
         level: of each test, and so of the whole walk.
     """
-    for place, threshold in enumerate(path):
-        losses, gains, others, images = outcomes.count(threshold)
+    images = outcomes.losses.shape[1]
+    for place, (losses, gains, others) in enumerate(outcomes.counts(path)):
         if goal == "max_drop":
             p_value = drop_p_value(losses, gains, images, limit / 100, level)
         else:
@@ -343,7 +348,7 @@ def _what_it_would_take(
     selection: Outcomes, path: Sequence[float], goal: str, limit: float, level: float
 ) -> str:
     """A note for when no candidate passed, with the images that one would need, by the selection."""
-    rates = np.array([selection.count(threshold)[:3] for threshold in path], dtype=float)
+    rates = np.array(selection.counts(path), dtype=float)
     images = selection.losses.shape[1]
     losses, gains, others = ((rates + 0.5) / (images + 1)).T if len(path) else np.empty((3, 0))
     if goal == "max_drop":

@@ -1,4 +1,4 @@
-"""A whole evaluation: record, sweep, choose, time. What `lgvit-fast eval` and the demo report."""
+"""A whole evaluation: record, choose on one half, report on the other, time. For `eval` and `demo`."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ class Evaluation:
     """A model's early exits on a set of images.
 
     Attributes:
-        recording: what every classifier said.
+        recording: what every classifier said of the images reported on.
+        selection_images: other images, on which the policy was chosen; 0 if it was given.
         points: the swept policies, ordered by layer ratio.
         chosen: the policy in use, given or chosen.
-        within: whether `chosen` costs no more accuracy than was tolerated.
+        within: whether `chosen` costs no more accuracy than was tolerated, on the images reported on.
         tolerance: percentage points of accuracy.
         timings: one per batch size asked for.
         sample: some images at random with their classes, those that were timed.
     """
 
     recording: Recording
+    selection_images: int
     points: list[Point]
     chosen: Point
     within: bool
@@ -47,7 +49,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """As json types, with the machine that made the numbers."""
         return {
-            "images": len(self.recording.targets),
+            "images": len(self.recording),
+            "selection_images": self.selection_images,
             "layers": list(self.recording.layers),
             "classifier_accuracy": list(self.recording.accuracies),
             "final_accuracy": self.recording.final_accuracy,
@@ -74,16 +77,20 @@ def evaluate(
     timing_rounds: int = 9,
     autocast: AbstractContextManager[Any] | None = None,
     relabel: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
     progress: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
 ) -> Evaluation:
     """Everything there is to say about a model's exits on labelled images.
+
+    A policy that is to be chosen is chosen on one half of the images and everything is reported on the
+    other; a given one is reported on all.
 
     Args:
         model: in eval mode.
         source: the images.
         kinds: which kinds of policy to sweep, see `tradeoff.KINDS`.
         policy: the one to report; None chooses the swept one with the largest layer ratio that
-            loses at most `tolerance` percentage points on these images.
+            loses at most `tolerance` percentage points on the half to choose on.
         tolerance: percentage points of accuracy.
         batch_size: of the pass that records.
         workers: loader processes.
@@ -92,10 +99,12 @@ def evaluate(
         timing_rounds: passes over them, per side.
         autocast: a re-enterable `torch.autocast`, or None.
         relabel: maps the images' class numbers to the model's.
+        seed: of the halves.
         progress: wraps the batches (and their number), to show a bar.
 
     Raises:
-        ValueError: none of the images can be read, or their classes are not the model's.
+        ValueError: none of the images can be read, their classes are not the model's, or there is only
+            one and a policy is to be chosen.
     """
     loader = Loader(source, Batches(len(source), batch_size, training=False), workers)
     batches: Iterable[Batch] = progress(loader.epoch(), len(loader))
@@ -105,12 +114,17 @@ def evaluate(
     tried = [c for kind in kinds for c in candidates(kind, len(model.exits), model.num_classes)]
     if policy is not None and policy not in tried:
         tried.append(policy)
+    selection_images = 0
+    if policy is None:
+        if len(recording) < 2:
+            raise ValueError(
+                "one image, expected at least 2: one to choose on and one to report on"
+            )
+        selection, recording = recording.split(seed)
+        selection_images = len(selection)
+        policy = _chosen(selection, tried, tolerance)
     points = sweep(recording, tried)
-    if policy is not None:
-        chosen = next(point for point in points if point.policy == policy)
-    else:
-        most_accurate = max(points, key=lambda point: (point.accuracy, point.layer_ratio))
-        chosen = choose(points, recording.final_accuracy, tolerance) or most_accurate
+    chosen = next(point for point in points if point.policy == policy)
     within = choose([chosen], recording.final_accuracy, tolerance) is not None
 
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
@@ -129,4 +143,13 @@ def evaluate(
         for size in timing_batches
         if len(sample.targets)
     ]
-    return Evaluation(recording, points, chosen, within, tolerance, timings, sample)
+    return Evaluation(
+        recording, selection_images, points, chosen, within, tolerance, timings, sample
+    )
+
+
+def _chosen(selection: Recording, tried: Sequence[Policy], tolerance: float) -> Policy:
+    """The largest layer ratio within the tolerance, or the most accurate one."""
+    points = sweep(selection, tried)
+    most_accurate = max(points, key=lambda point: (point.accuracy or 0.0, point.layer_ratio))
+    return (choose(points, selection.final_accuracy, tolerance) or most_accurate).policy

@@ -45,16 +45,15 @@ class Scores:
 
     def exits(self, threshold: float) -> Tensor:
         """Where each image leaves: `[n]` int64, E for the final classifier."""
-        over = self.values > threshold
-        last = torch.ones((1, over.shape[1]), dtype=torch.bool)
-        return torch.cat((over, last)).to(torch.uint8).argmax(0)
+        return (self.values.cummax(0).values <= threshold).sum(0)
 
     def path(self, layers: tuple[int, ...]) -> list[float]:
         """Thresholds from cautious to bold, each some 0.5 % of the layers after the one before."""
         highest = self.values.cummax(0).values.double().numpy()
         finite = highest[np.isfinite(highest)]
         levels = np.unique(np.quantile(finite, np.linspace(0, 1, _GRID), method="lower"))[::-1]
-        levels = [*levels, np.nextafter(np.float32(levels[-1]), np.float32(-np.inf))]
+        below_all = np.nextafter(np.float32(levels[-1]), np.float32(-np.inf))
+        levels = np.append(levels, below_all)
         images = highest.shape[1]
         leave = [images - np.searchsorted(np.sort(row), levels, side="right") for row in highest]
         saved = np.diff(layers) @ np.stack(leave) / images

@@ -99,4 +99,4 @@ def _minimise(loss: Callable[[], Tensor], parameters: Tensor) -> None:
         return value
 
     with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[arg-type]
+        optimiser.step(closure)

@@ -32,6 +32,8 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
         title: above the picture.
     """
     recording, chosen = evaluation.recording, evaluation.chosen
+    height = 100 * (chosen.accuracy or 0.0)
+    low_end, high_end = chosen.accuracy_interval or (0.0, 1.0)
     figure = Figure(figsize=(7.2, 5.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     final, depth = 100 * recording.final_accuracy, recording.layers[-1]
@@ -51,13 +53,15 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
     for (name, points), colour in zip(
         curves(evaluation.points).items(), cycle(_COLOURS), strict=False
     ):
-        curve = [(point.layer_ratio, 100 * point.accuracy) for point in points]
+        curve = [(point.layer_ratio, 100 * (point.accuracy or 0.0)) for point in points]
         drawn.append((f"each image at its own exit: {name}", colour, curve))
     for label, colour, curve in drawn:
         axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=4, label=label)
-    axes.plot(
+    axes.errorbar(
         chosen.layer_ratio,
-        100 * chosen.accuracy,
+        height,
+        yerr=[[height - 100 * low_end], [100 * high_end - height]],
+        capsize=3,
         marker="*",
         markersize=17,
         color=_RED,
@@ -67,7 +71,7 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
         zorder=5,
     )
     # so far below the final classifier nobody would go; closer up one would see noise
-    low = max(min(final, 100 * chosen.accuracy) - 12, 0)
+    low = max(min(final, height) - 12, 0)
     seen = [place for _, _, curve in drawn for place in curve if place[1] >= low]
     axes.set_xlim(0.9, 1.06 * max(chosen.layer_ratio, *(ratio for ratio, _ in seen)))
     heights = [final - 2, *(accuracy for _, accuracy in seen)]
@@ -171,7 +175,8 @@ def _draw(axes: Axes, picture: Tensor, wrong_answer: str | None) -> None:
 
 def _chosen_label(evaluation: Evaluation) -> str:
     chosen = evaluation.chosen
-    label = f"{chosen.policy}: {100 * chosen.accuracy:.1f} %, {chosen.layer_ratio:.2f}× in layers"
+    accuracy = 100 * (chosen.accuracy or 0.0)
+    label = f"{chosen.policy}: {accuracy:.1f} %, {chosen.layer_ratio:.2f}× in layers"
     if not evaluation.timings:
         return label
     clock = ", ".join(f"{t.ratio.median:.2f}× at batch {t.batch_size}" for t in evaluation.timings)
