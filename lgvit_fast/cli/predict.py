@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     policy = policy_from(args, model)
     if policy is not None:
         model.policy = policy
+    names = _class_names(args.class_map, model)
     certified = f"; {model.certificate}" if model.certificate else ""
     print(f"lgvit-fast predict: exits by {model.policy}{certified}", file=sys.stderr)
     names = _class_names(args.class_map, model)

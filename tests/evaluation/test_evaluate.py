@@ -8,7 +8,7 @@ from PIL import Image
 
 from lgvit_fast import Confidence
 from lgvit_fast.data import Digits, InputSpec
-from lgvit_fast.evaluation import evaluate
+from lgvit_fast.evaluation import candidates, evaluate, sweep
 from lgvit_fast.evaluation.plots import denormalise, plot_exits, plot_tradeoff
 from lgvit_fast.evaluation.tradeoff import KINDS
 from tests.helpers import tiny_model
@@ -32,7 +32,8 @@ def evaluation(model, digits):
 
 
 def test_it_covers_every_image_policy_and_batch_size(evaluation, digits):
-    assert len(evaluation.recording.targets) == len(digits)
+    assert len(evaluation.recording) + evaluation.selection_images == len(digits)
+    assert abs(len(evaluation.recording) - evaluation.selection_images) <= 1
     swept = {type(point.policy) for point in evaluation.points}
     assert swept == set(KINDS.values())
     assert [timing.batch_size for timing in evaluation.timings] == [7, 32]
@@ -52,19 +53,33 @@ def test_a_given_policy_is_reported_as_it_is(model, digits):
     policy = Confidence([0.9, 0.8, 0.7, 0.6])
     evaluation = evaluate(model, digits, policy=policy, timing_batches=())
     assert evaluation.chosen.policy == policy
+    assert evaluation.selection_images == 0 and len(evaluation.recording) == len(digits)
     assert evaluation.timings == []
 
 
 def test_if_every_policy_loses_too_much_the_most_accurate_is_taken(model, digits):
     evaluation = evaluate(model, digits, tolerance=-100, timing_batches=())
     assert not evaluation.within
-    assert evaluation.chosen.accuracy == max(point.accuracy for point in evaluation.points)
+    first, _ = evaluate(model, digits, policy=Confidence(), timing_batches=()).recording.split(0)
+    points = {str(p.policy): p.accuracy for p in sweep(first, candidates("confidence", 4, 10))}
+    assert points[str(evaluation.chosen.policy)] == max(points.values())
+
+
+def test_it_reports_on_images_that_had_no_part_in_the_choice(model, digits):
+    one, two = (evaluate(model, digits, seed=seed, timing_batches=()) for seed in (0, 1))
+    everything = evaluate(model, digits, policy=Confidence(), timing_batches=()).recording
+    for seed, evaluation in ((0, one), (1, two)):
+        reported = evaluation.recording.logits
+        assert torch.equal(reported, everything.split(seed)[1].logits)
+    low, high = one.chosen.accuracy_interval
+    assert low < one.chosen.accuracy < high
+    assert one.to_dict()["chosen"]["accuracy_interval"] == (low, high)
 
 
 def test_relabel_reaches_recording_and_sample(model, digits):
     evaluation = evaluate(model, digits, timing_batches=(), relabel=lambda t: 9 - t)
-    assert torch.equal(evaluation.recording.targets, 9 - digits.targets)
     plain = evaluate(model, digits, timing_batches=())
+    assert torch.equal(evaluation.recording.targets, 9 - plain.recording.targets)
     assert torch.equal(evaluation.sample.targets, 9 - plain.sample.targets)
 
 
