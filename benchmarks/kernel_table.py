@@ -115,8 +115,8 @@ def depthwise_training(dtype: torch.dtype) -> None:
 def attention_training(count: int, dtype: torch.dtype) -> None:
     """Forward and backward, 64 images."""
     qkv = meta(64, count, 3 * 768, dtype=dtype)
-    out, level = attention.attention(qkv, 8)
-    attention.attention_backward(out, qkv, out, level, 8)
+    out, lse = attention.attention(qkv, 8)
+    attention.attention_backward(out, qkv, out, lse, 8)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -41,7 +41,7 @@ def store_head(x, i, n, stride, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def attention_kernel(
     qkv,  # [B, n, 3C] contiguous
     out,  # [B, n, C] contiguous
-    level,  # [B, heads, n] float32: log2 of each query's sum of exponentials
+    lse,  # [B, heads, n] float32: log2 of each query's sum of exponentials
     n,
     blocks,  # tiles of queries
     scale,  # log2(e) / sqrt(C / heads)
@@ -75,14 +75,14 @@ def attention_kernel(
         top = higher
     out += image * n * C + head * D
     store_head(out, i, n, C, acc / total[:, None], D, BLOCK_D)
-    tl.store(level + (image * HEADS + head) * n + i, top + tl.log2(total), mask=i < n)
+    tl.store(lse + (image * HEADS + head) * n + i, top + tl.log2(total), mask=i < n)
 
 
 @triton.jit
 def attention_backward_kernel(
     qkv,  # [B, n, 3C] contiguous
     out,  # [B, n, C] contiguous, from attention_kernel
-    level,  # [B, heads, n] float32, from attention_kernel
+    lse,  # [B, heads, n] float32, from attention_kernel
     gradient,  # [B, n, C] contiguous, of out
     result,  # [B, n, 3C] contiguous: gradient of qkv
     n,
@@ -102,17 +102,17 @@ def attention_backward_kernel(
     D: tl.constexpr = C // HEADS
     image = (tl.program_id(0) // blocks // HEADS).to(tl.int64)
     head = tl.program_id(0) // blocks % HEADS
-    mine = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     qkv += image * n * (3 * C) + head * D
     result += image * n * (3 * C) + head * D
     out += image * n * C + head * D
     gradient += image * n * C + head * D
-    level += (image * HEADS + head) * n
+    lse += (image * HEADS + head) * n
     zeros = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    steep = scale * 1.4426950408889634
+    log2_scale = scale * 1.4426950408889634
 
-    k = load_head(qkv + C, mine, n, 3 * C, D, BLOCK_D)
-    v = load_head(qkv + 2 * C, mine, n, 3 * C, D, BLOCK_D)
+    k = load_head(qkv + C, rows, n, 3 * C, D, BLOCK_D)
+    v = load_head(qkv + 2 * C, rows, n, 3 * C, D, BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     for start in range(0, n, BLOCK):
@@ -121,30 +121,30 @@ def attention_backward_kernel(
         g = load_head(gradient, i, n, C, D, BLOCK_D)
         y = load_head(out, i, n, C, D, BLOCK_D)
         delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), axis=1)
-        # Queries beyond n get an infinite level, hence no weight.
-        sums = tl.load(level + i, mask=i < n, other=float("inf"))
-        p = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * steep - sums[:, None])
+        # Queries beyond n get an infinite lse, hence no weight.
+        sums = tl.load(lse + i, mask=i < n, other=float("inf"))
+        p = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION) * log2_scale - sums[:, None])
         dv = dot(tl.trans(p.to(g.dtype)), g, dv, PRECISION)
         ds = p * (dot(g, tl.trans(v), zeros, PRECISION) - delta[:, None])
         dk = dot(tl.trans(ds.to(q.dtype)), q, dk, PRECISION)
-    store_head(result + C, mine, n, 3 * C, dk * scale, D, BLOCK_D)
-    store_head(result + 2 * C, mine, n, 3 * C, dv, D, BLOCK_D)
+    store_head(result + C, rows, n, 3 * C, dk * scale, D, BLOCK_D)
+    store_head(result + 2 * C, rows, n, 3 * C, dv, D, BLOCK_D)
 
-    q = load_head(qkv, mine, n, 3 * C, D, BLOCK_D)
-    g = load_head(gradient, mine, n, C, D, BLOCK_D)
-    y = load_head(out, mine, n, C, D, BLOCK_D)
+    q = load_head(qkv, rows, n, 3 * C, D, BLOCK_D)
+    g = load_head(gradient, rows, n, C, D, BLOCK_D)
+    y = load_head(out, rows, n, C, D, BLOCK_D)
     delta = tl.sum(g.to(tl.float32) * y.to(tl.float32), axis=1)
-    sums = tl.load(level + mine, mask=mine < n, other=float("inf"))
+    sums = tl.load(lse + rows, mask=rows < n, other=float("inf"))
     dq = tl.zeros((BLOCK, BLOCK_D), dtype=tl.float32)
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
         other = load_head(qkv + C, j, n, 3 * C, D, BLOCK_D)
         value = load_head(qkv + 2 * C, j, n, 3 * C, D, BLOCK_D)
-        p = tl.exp2(dot(q, tl.trans(other), zeros, PRECISION) * steep - sums[:, None])
+        p = tl.exp2(dot(q, tl.trans(other), zeros, PRECISION) * log2_scale - sums[:, None])
         p = tl.where((j < n)[None, :], p, 0.0)
         ds = p * (dot(g, tl.trans(value), zeros, PRECISION) - delta[:, None])
         dq = dot(ds.to(other.dtype), other, dq, PRECISION)
-    store_head(result, mine, n, 3 * C, dq * scale, D, BLOCK_D)
+    store_head(result, rows, n, 3 * C, dq * scale, D, BLOCK_D)
 
 
 def attention(qkv: Tensor, num_heads: int, *, precision: str = "ieee") -> tuple[Tensor, Tensor]:
@@ -165,23 +165,23 @@ def attention(qkv: Tensor, num_heads: int, *, precision: str = "ieee") -> tuple[
     qkv, width = _check(qkv, num_heads)
     batch, count, _ = qkv.shape
     out = qkv.new_empty((batch, count, width))
-    level = qkv.new_empty((batch, num_heads, count), dtype=torch.float32)
+    lse = qkv.new_empty((batch, num_heads, count), dtype=torch.float32)
     if out.numel():
         programs, shape = _launch(qkv, num_heads, "forward")
         scale = (width // num_heads) ** -0.5 * 1.4426950408889634
         with on_device(qkv):
             attention_kernel[programs](
-                qkv, out, level, count, programs[0] // (batch * num_heads), scale,
+                qkv, out, lse, count, programs[0] // (batch * num_heads), scale,
                 PRECISION=precision, **shape,
             )  # fmt: skip
-    return out, level
+    return out, lse
 
 
 def attention_backward(
     gradient: Tensor,
     qkv: Tensor,
     out: Tensor,
-    level: Tensor,
+    lse: Tensor,
     num_heads: int,
     *,
     precision: str = "ieee",
@@ -200,21 +200,21 @@ def attention_backward(
             f"{name} has shape {found}, expected {(batch, count, width)}",
         )
         check_memory(name, tensor)
-    check_memory("level", level)
+    check_memory("lse", lse)
     require(
-        level.dtype == torch.float32 and level.device == qkv.device,
-        f"level is {level.dtype} on {level.device}, expected float32 on {qkv.device}",
+        lse.dtype == torch.float32 and lse.device == qkv.device,
+        f"lse is {lse.dtype} on {lse.device}, expected float32 on {qkv.device}",
     )
     require(
-        tuple(level.shape) == (batch, num_heads, count),
-        f"level has shape {tuple(level.shape)}, expected {(batch, num_heads, count)}",
+        tuple(lse.shape) == (batch, num_heads, count),
+        f"lse has shape {tuple(lse.shape)}, expected {(batch, num_heads, count)}",
     )
     result = torch.empty_like(qkv)
     if result.numel():
         programs, shape = _launch(qkv, num_heads, "backward")
         with on_device(qkv):
             attention_backward_kernel[programs](
-                qkv, out.contiguous(), level.contiguous(), gradient.to(qkv.dtype).contiguous(),
+                qkv, out.contiguous(), lse.contiguous(), gradient.to(qkv.dtype).contiguous(),
                 result, count, programs[0] // (batch * num_heads), (width // num_heads) ** -0.5,
                 PRECISION=precision, **shape,
             )  # fmt: skip

@@ -148,49 +148,49 @@ def exit_step_kernel(
         moment = tl.zeros((BLOCK_B,), dtype=tl.float32)
         for other in range(tiles):
             part = partial + other * B + i
-            peak = tl.load(part, mask=row_mask, other=0.0, cache_modifier=".cg")
-            place = tl.load(part + plane, mask=row_mask, other=0.0, cache_modifier=".cg")
-            more = tl.load(part + 2 * plane, mask=row_mask, other=1.0, cache_modifier=".cg")
-            bend = tl.load(part + 3 * plane, mask=row_mask, other=0.0, cache_modifier=".cg")
-            choice = tl.where(peak > best, place, choice)
-            higher = tl.maximum(best, peak)
+            tile_max = tl.load(part, mask=row_mask, other=0.0, cache_modifier=".cg")
+            tile_class = tl.load(part + plane, mask=row_mask, other=0.0, cache_modifier=".cg")
+            tile_mass = tl.load(part + 2 * plane, mask=row_mask, other=1.0, cache_modifier=".cg")
+            tile_moment = tl.load(part + 3 * plane, mask=row_mask, other=0.0, cache_modifier=".cg")
+            choice = tl.where(tile_max > best, tile_class, choice)
+            higher = tl.maximum(best, tile_max)
             # Moving a sum of e^(z - b) (z - b) from base b to base h adds (b - h) of its mass.
             origin = tl.where(higher == float("-inf"), 0.0, higher)
             shift = tl.where(best == float("-inf"), 0.0, best - origin)
-            lower = tl.where(peak == float("-inf"), 0.0, peak - origin)
+            lower = tl.where(tile_max == float("-inf"), 0.0, tile_max - origin)
             old = tl.exp(shift)
             new = tl.exp(lower)
-            moment = old * (moment + shift * mass) + new * (bend + lower * more)
-            mass = old * mass + new * more
+            moment = old * (moment + shift * mass) + new * (tile_moment + lower * tile_mass)
+            mass = old * mass + new * tile_mass
             best = higher
-        sure = 1.0 / mass
-        nats = tl.log(mass) - moment / mass
-        fine = (mass > 0.0) & (mass < float("inf"))
-        sure = tl.where(fine, sure, float("nan"))
-        nats = tl.where(fine, nats, float("nan"))
+        top_probability = 1.0 / mass
+        row_entropy = tl.log(mass) - moment / mass
+        finite = (mass > 0.0) & (mass < float("inf"))
+        top_probability = tl.where(finite, top_probability, float("nan"))
+        row_entropy = tl.where(finite, row_entropy, float("nan"))
         label = choice.to(tl.int32)
-        tl.store(confidence + i, sure, mask=row_mask)
-        tl.store(entropy + i, nats, mask=row_mask)
+        tl.store(confidence + i, top_probability, mask=row_mask)
+        tl.store(entropy + i, row_entropy, mask=row_mask)
         tl.store(prediction + i, label, mask=row_mask)
-        tl.store(valid + i, fine, mask=row_mask)
+        tl.store(valid + i, finite, mask=row_mask)
 
-        out = fine & (i < 0)  # RULE 0: nobody leaves
+        out = finite & (i < 0)  # RULE 0: no image leaves
         if RULE == 1:
-            out = sure > threshold
+            out = top_probability > threshold
         if RULE == 2:
-            out = nats < threshold
+            out = row_entropy < threshold
         if RULE >= 3:
             memory = state + row * stride_s
             run = tl.load(memory, mask=row_mask, other=0)
             if RULE == 3:
                 last = tl.load(memory + 1, mask=row_mask, other=0)
-                run = tl.where(fine, tl.where(label == last, run + 1, 1), 0)
-                tl.store(memory + 1, tl.where(fine, label, -1), mask=row_mask)
+                run = tl.where(finite, tl.where(label == last, run + 1, 1), 0)
+                tl.store(memory + 1, tl.where(finite, label, -1), mask=row_mask)
             else:
-                run = tl.where(nats < threshold, run + 1, 0)
+                run = tl.where(row_entropy < threshold, run + 1, 0)
             tl.store(memory, run, mask=row_mask)
             out = run >= patience
-        tl.store(leave + i, out & fine, mask=row_mask)
+        tl.store(leave + i, out & finite, mask=row_mask)
 
 
 def exit_step(

@@ -121,7 +121,7 @@ def gah_pool_kernel(
     qk,  # [B, n, 2C] contiguous, from gah_project_kernel
     weight,  # [C, C] contiguous: the value rows of the qkv matrix
     column,  # [B, heads, n] float32 scratch: the attention's column means
-    level,  # [B, heads, n] float32 scratch: log2 of each row's sum of exponentials
+    lse,  # [B, heads, n] float32 scratch: log2 of each row's sum of exponentials
     gathered,  # [B, heads, C] scratch in the tokens' dtype: weighted means of the pooled tokens
     pooled,  # [B, 1, C] contiguous float32
     B,
@@ -156,11 +156,11 @@ def gah_pool_kernel(
 
     for i in range(first, tl.minimum(first + IMAGES, B)):
         image = tl.zeros((), dtype=tl.int64) + i
-        mine = qk + image * n * (2 * C) + head * D
+        head_qk = qk + image * n * (2 * C) + head * D
         row = (image * HEADS + head) * n
         if ONE_TILE:
             j = tl.arange(0, BLOCK_Q)
-            p = row_softmax(scores(mine, j, j, n, scale, C, D, BLOCK_Q, PRECISION))
+            p = row_softmax(scores(head_qk, j, j, n, scale, C, D, BLOCK_Q, PRECISION))
             p = tl.where((j < n)[:, None], p, 0.0)
             tl.store(column + row + j, tl.sum(p, axis=0) / n, mask=j < n)
         else:
@@ -170,21 +170,21 @@ def gah_pool_kernel(
                 total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
                 for other in range(0, n, BLOCK_Q):
                     j = other + tl.arange(0, BLOCK_Q)
-                    s = scores(mine, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
+                    s = scores(head_qk, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
                     higher = tl.maximum(top, tl.max(s, axis=1))
                     total = total * tl.exp2(top - higher)
                     total += tl.sum(tl.exp2(s - higher[:, None]), axis=1)
                     top = higher
-                tl.store(level + row + q, top + tl.log2(total), mask=q < n)
+                tl.store(lse + row + q, top + tl.log2(total), mask=q < n)
             tl.debug_barrier()
             for start in range(0, n, BLOCK_Q):
                 j = start + tl.arange(0, BLOCK_Q)
                 mean = tl.zeros((BLOCK_Q,), dtype=tl.float32)
                 for other in range(0, n, BLOCK_Q):
                     q = other + tl.arange(0, BLOCK_Q)
-                    s = scores(mine, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
-                    # Queries beyond n get an infinite level, hence no weight.
-                    sums = tl.load(level + row + q, mask=q < n, other=float("inf"))
+                    s = scores(head_qk, q, j, n, scale, C, D, BLOCK_Q, PRECISION)
+                    # Queries beyond n get an infinite lse, hence no weight.
+                    sums = tl.load(lse + row + q, mask=q < n, other=float("inf"))
                     mean += tl.sum(tl.exp2(s - sums[:, None]), axis=0)
                 tl.store(column + row + j, mean / n, mask=j < n)
         tl.debug_barrier()
@@ -271,7 +271,7 @@ def gah_pool(
     count = triton.cdiv(height, stride) * triton.cdiv(wide, stride)
     rows = batch * count
     qk = tokens.new_empty((batch, count, 2 * width))
-    column, level = tokens.new_empty((2, batch, num_heads, count), dtype=torch.float32)
+    column, lse = tokens.new_empty((2, batch, num_heads, count), dtype=torch.float32)
     gathered = tokens.new_empty((batch, num_heads, width))
     patches = tokens[:, num_prefix_tokens:]
     average = pool == "average" and stride > 1
@@ -289,7 +289,7 @@ def gah_pool(
             C=width, R=stride, AVERAGE=average, PRECISION=precision, BLOCK_M=block_m,
         )  # fmt: skip
         gah_pool_kernel[(triton.cdiv(batch, images) * num_heads,)](
-            patches, qk, qkv_weight[2 * width :], column, level, gathered, pooled,
+            patches, qk, qkv_weight[2 * width :], column, lse, gathered, pooled,
             batch, height, wide, head_dim**-0.5 * 1.4426950408889634, *patches.stride(),
             C=width, HEADS=num_heads, R=stride, AVERAGE=average, PRECISION=precision,
             IMAGES=images, BLOCK_Q=block_q, ONE_TILE=count <= block_q,

@@ -79,8 +79,8 @@ def lph_project_kernel(
     else:
         first = tile * BLOCK_M // N
         for segment in range(segments):
-            mine = row_mask & (image == first + segment)
-            total = tl.sum(tl.where(mine[:, None], hidden, 0.0), axis=0)
+            in_segment = row_mask & (image == first + segment)
+            total = tl.sum(tl.where(in_segment[:, None], hidden, 0.0), axis=0)
             place = out + (tile.to(tl.int64) * segments + segment) * C + col
             tl.store(place, total, mask=col_mask)
 
@@ -103,9 +103,9 @@ def mean_token(
         triton.Config({"BLOCK_C": c}, num_warps=warps)
         for c, warps in ((64, 8), (64, 4), (32, 4), (128, 8), (32, 2))
     ],
-    key=["C", "H", "W", "crowd"],
+    key=["C", "H", "W", "size_class"],
 )
-@triton.jit(do_not_specialize=["crowd"])
+@triton.jit(do_not_specialize=["size_class"])
 def lph_depthwise_pool_kernel(
     u,  # [B, N, C] contiguous, from lph_project_kernel
     x,  # tokens of the first image's first patch; image, token and channel strides follow
@@ -114,7 +114,7 @@ def lph_depthwise_pool_kernel(
     pooled,  # [B, 2, C] contiguous float32
     H,
     W,
-    crowd,  # size class of B, for the autotuner only
+    size_class,  # size class of B, for the autotuner only
     stride_b,
     stride_t,
     stride_c,

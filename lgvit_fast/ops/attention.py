@@ -26,8 +26,8 @@ def _probabilities(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor,
     """q, k and v `[B, heads, n, d]`, softmax `[B, heads, n, n]`, log2 of its sums `[B, heads, n]`."""
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    level = scores.logsumexp(-1)
-    return q, k, v, (scores - level[..., None]).exp(), level * 1.4426950408889634
+    lse = scores.logsumexp(-1)
+    return q, k, v, (scores - lse[..., None]).exp(), lse * 1.4426950408889634
 
 
 @torch.library.custom_op("lgvit_fast::attention", mutates_args=())
@@ -38,9 +38,9 @@ def _operator(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
             qkv, num_heads, precision=_triton.precision()
         )
         return found
-    _, _, v, p, level = _probabilities(qkv, num_heads)
+    _, _, v, p, lse = _probabilities(qkv, num_heads)
     out = (p @ v).transpose(1, 2).flatten(2).contiguous()
-    return out, level.to(torch.promote_types(qkv.dtype, torch.float32))
+    return out, lse.to(torch.promote_types(qkv.dtype, torch.float32))
 
 
 @_operator.register_fake
@@ -55,12 +55,12 @@ def _(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("lgvit_fast::attention_backward", mutates_args=())
 def _backward_operator(
-    gradient: Tensor, qkv: Tensor, out: Tensor, level: Tensor, num_heads: int
+    gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
 ) -> Tensor:
     if _why_not(qkv, num_heads) is None:
         kernels = import_module("lgvit_fast.kernels.attention")
         found: Tensor = kernels.attention_backward(
-            gradient, qkv, out, level, num_heads, precision=_triton.precision()
+            gradient, qkv, out, lse, num_heads, precision=_triton.precision()
         )
         return found
     q, k, v, p, _ = _probabilities(qkv, num_heads)
@@ -72,7 +72,7 @@ def _backward_operator(
 
 
 @_backward_operator.register_fake
-def _(gradient: Tensor, qkv: Tensor, out: Tensor, level: Tensor, num_heads: int) -> Tensor:
+def _(gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
