@@ -180,7 +180,7 @@ def calibrate(
 
     selection, held_out = recording.split(seed)
     level, note = 1 - confidence, ""
-    # A learned rule is fitted to what the goal asks: with targets, to keeping the full model's accuracy.
+    # A learned rule is fitted to what the goal asks: with targets, to losing no accuracy.
     fitting = replace(selection, targets=None) if goal == "min_agreement" else selection
     candidates = family(kind, fitting)
     scores = candidates.scores(selection)
