@@ -305,7 +305,7 @@ def test_bad_input(recording, change, options, message):
         (bad(logits=lambda r: r.logits[0]), r"expected \[E \+ 1, n, K\]"),
         (bad(logits=lambda r: r.logits[:, :0], targets=lambda r: None), "at least one image"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "changed",
 )
 def test_a_recording_must_belong_together(recording, change, message):
     with pytest.raises(ValueError, match=message):
