@@ -25,24 +25,24 @@ from lgvit_fast.certificate import Certificate
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
 from lgvit_fast.model_config import FORMAT, check_config
 from lgvit_fast.outputs import ExitOutputs, Inference
+from lgvit_fast.parameter_names import module_names
 from lgvit_fast.policies import Confidence, Policy
 from lgvit_fast.segments import cut, run_segments
-from lgvit_fast.timm_interface import BACKBONE, TimmInterface
+from lgvit_fast.timm_interface import TimmInterface
 
 if TYPE_CHECKING:
     from typing import Self
 
 __all__ = ["LGViT", "create_model"]
 
-_HEADS = "exit_heads."
-
 
 class LGViT(TimmInterface, nn.Module):
     """A timm classifier whose easy images leave early.
 
-    The wrapped model keeps its weights under its own names in `state_dict()`; the heads add
-    `exit_heads.*`. In train mode a call gives `ExitOutputs` of all exits; in eval mode it gives logits
-    `[B, K]`, each image's from the first exit that is sure under `policy`.
+    In `state_dict()` the wrapped model's weights have its own names after `backbone.`, the heads'
+    begin with `exit_heads.`. Files keep timm's names, and both can be loaded. In train mode a call
+    gives `ExitOutputs` of all exits; in eval mode it gives logits `[B, K]`, each image's from the first
+    exit that is sure under `policy`.
 
     Args:
         timm_model: a timm ViT, DeiT, Swin or Eva with a classifier (docs/backbones.md lists them).
@@ -109,9 +109,7 @@ class LGViT(TimmInterface, nn.Module):
         self._certificate: Certificate | None = None
         self._backbone_frozen = False
         self.backbone_config = describe_backbone(timm_model)
-        self.register_state_dict_post_hook(_hide_backbone_prefix)
-        self.register_load_state_dict_pre_hook(_show_backbone_prefix)
-        self.register_load_state_dict_post_hook(_rename_incompatible)
+        self.register_load_state_dict_pre_hook(_take_names_of_files)
         self.train(timm_model.training)
 
     def cut_segments(self) -> None:
@@ -453,22 +451,13 @@ def create_model(
     return LGViT(backbone, exits, heads=heads, pool=pool, num_heads=exit_num_heads)
 
 
-def _hide_backbone_prefix(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + BACKBONE)]:
-        state_dict[prefix + key[len(prefix + BACKBONE) :]] = state_dict.pop(key)
-
-
-def _show_backbone_prefix(
+def _take_names_of_files(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any
 ) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        name = key[len(prefix) :]
-        if not name.startswith(_HEADS):
-            state_dict[prefix + BACKBONE + name] = state_dict.pop(key)
-
-
-def _rename_incompatible(module: nn.Module, incompatible: Any) -> None:
-    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
-        keys[:] = [key.replace(BACKBONE, "", 1) for key in keys]
+    """Let `load_state_dict` take timm's names, too."""
+    own = {
+        key.removeprefix(prefix): state_dict.pop(key)
+        for key in list(state_dict)
+        if key.startswith(prefix)
+    }
+    state_dict.update({prefix + key: value for key, value in module_names(own).items()})

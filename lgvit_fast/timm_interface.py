@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-__all__ = ["BACKBONE", "TimmInterface"]
+from lgvit_fast.parameter_names import BACKBONE
 
-BACKBONE = "backbone."
+__all__ = ["TimmInterface"]
 
 
 class TimmInterface:

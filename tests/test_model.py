@@ -8,6 +8,8 @@ import torch
 
 import lgvit_fast
 from lgvit_fast import Confidence, Entropy, ExitSpec, Patience, PatientConfident, Replay
+from lgvit_fast.checkpoints.files import load_weights, save_weights
+from lgvit_fast.parameter_names import file_names, module_names
 from tests.helpers import images, tiny_model, tiny_vit
 
 POLICIES = [
@@ -242,29 +244,49 @@ def test_replay_wants_its_batch(model):
 
 
 class TestConstruction:
-    def test_weights_keep_their_timm_names(self):
+    def test_state_dict_and_parameters_agree_on_names(self):
         backbone = tiny_vit()
-        names = set(backbone.state_dict())
+        names = {f"backbone.{name}" for name in backbone.state_dict()}
         model = lgvit_fast.LGViT(backbone)
-        assert {k for k in model.state_dict() if not k.startswith("exit_heads.")} == names
-        assert all(torch.equal(model.state_dict()[k], v) for k, v in backbone.state_dict().items())
+        state = model.state_dict()
+        assert {k for k in state if not k.startswith("exit_heads.")} == names
+        parameters = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+        assert set(state) <= parameters and set(dict(model.named_parameters())) <= set(state)
 
-    def test_state_dict_round_trip(self):
+    def test_functional_call_and_averaging_work_on_these_names(self):
         model, other = tiny_model(seed=0), tiny_model(seed=1)
-        other.load_state_dict(model.state_dict())
+        answer = torch.func.functional_call(model, dict(other.state_dict()), (images(3),))
+        torch.testing.assert_close(answer, other(images(3)), atol=1e-4, rtol=1e-4)
+        averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+        averaged.update_parameters(model)
+        torch.testing.assert_close(averaged(images(3)), model(images(3)), atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("rename", [module_names, file_names])
+    def test_state_dicts_of_either_naming_are_loaded(self, rename):
+        model, other = tiny_model(seed=0), tiny_model(seed=1)
+        other.load_state_dict(rename(model.state_dict()))
         assert torch.equal(other.infer(images(4)).logits, model.infer(images(4)).logits)
+
+    def test_files_keep_timm_names(self, tmp_path):
+        model = tiny_model()
+        model.save_pretrained(tmp_path)
+        held = load_weights(tmp_path / "model.safetensors")
+        assert {k for k in held if not k.startswith("exit_heads.")} == set(tiny_vit().state_dict())
+        save_weights(tmp_path / "model.safetensors", model.state_dict())  # the other naming
+        again = lgvit_fast.LGViT.from_pretrained(tmp_path)
+        assert torch.equal(again.infer(images(4)).logits, model.infer(images(4)).logits)
 
     def test_state_dict_inside_another_module(self):
         outer = torch.nn.Sequential(tiny_model())
-        assert "0.blocks.0.attn.qkv.weight" in outer.state_dict()
+        assert "0.backbone.blocks.0.attn.qkv.weight" in outer.state_dict()
         outer.load_state_dict(outer.state_dict())
 
-    def test_missing_keys_are_reported_under_their_timm_names(self):
+    def test_missing_keys_are_reported(self):
         model = tiny_model()
         state = model.state_dict()
-        del state["blocks.0.norm1.weight"]
+        del state["backbone.blocks.0.norm1.weight"]
         missing = model.load_state_dict(state, strict=False).missing_keys
-        assert missing == ["blocks.0.norm1.weight"]
+        assert missing == ["backbone.blocks.0.norm1.weight"]
 
     def test_deepcopy_is_independent(self):
         model = tiny_model()

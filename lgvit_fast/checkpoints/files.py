@@ -9,12 +9,12 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lgvit_fast.checkpoints.header import (
     CHECKSUMS,
@@ -24,6 +24,10 @@ from lgvit_fast.checkpoints.header import (
     open_file,
     read_header,
 )
+from lgvit_fast.parameter_names import BACKBONE, file_names
+
+if TYPE_CHECKING:
+    from lgvit_fast.model import LGViT
 
 __all__ = [
     "load_json",
@@ -162,11 +166,13 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} is not json: {error}") from error
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict that must fit exactly; nothing is loaded of one that does not.
+def load_strictly(model: LGViT, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict, under the names of either kind, that must fit a model with exits exactly.
+
+    Nothing is loaded of one that does not.
 
     Raises:
-        ValueError: naming the keys that are missing, unknown or of another shape.
+        ValueError: naming the keys that are missing, unknown or of another shape, as files name them.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     floats = frozenset(name for name, tensor in tensors.items() if tensor.is_floating_point())
@@ -174,7 +180,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) 
     model.load_state_dict(dict(tensors))
 
 
-def require_fit(model: nn.Module, held: Header, source: str) -> None:
+def require_fit(model: LGViT, held: Header, source: str) -> None:
     """Check that tensors fit a model exactly; it may be one without storage.
 
     Args:
@@ -185,7 +191,8 @@ def require_fit(model: nn.Module, held: Header, source: str) -> None:
     Raises:
         ValueError: naming the keys that are missing, unknown, of another shape or another type.
     """
-    own, theirs = model.state_dict(), held.shapes
+    own, theirs = file_names(model.state_dict()), file_names(held.shapes)
+    floats = {name.removeprefix(BACKBONE) for name in held.floats}
     both = [key for key in own if key in theirs]
     problems = {
         "missing": [key for key in own if key not in theirs],
@@ -198,7 +205,7 @@ def require_fit(model: nn.Module, held: Header, source: str) -> None:
         "of another type": [
             f"{key}, expected {own[key].dtype}"
             for key in both
-            if own[key].is_floating_point() != (key in held.floats)
+            if own[key].is_floating_point() != (key in floats)
         ],
     }
     found = [f"{title}: {shortened(keys)}" for title, keys in problems.items() if keys]

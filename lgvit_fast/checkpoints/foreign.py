@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lgvit_fast.checkpoints.files import load_json, load_weights, shortened
 from lgvit_fast.checkpoints.names import Names, collect
 from lgvit_fast.checkpoints.torch_files import load_state_dict
+from lgvit_fast.parameter_names import file_names
 from lgvit_fast.rules import Rule, integer, number, one_or_list, require, text
 
 __all__ = ["Config", "Source", "load_named", "read", "require_named"]
@@ -95,7 +96,7 @@ def require_named(
         ValueError: naming, as they are called there, what is missing, unknown or of another shape.
     """
     ours = collect(names, {name: tensor.to("meta") for name, tensor in tensors.items()})
-    own = model.state_dict()
+    own = file_names(model.state_dict())
     wanted = {name for sources in names.values() for name in sources}
     problems = {
         "missing": [name for name in sorted(wanted) if name not in tensors],

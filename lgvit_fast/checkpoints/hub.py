@@ -26,6 +26,7 @@ from lgvit_fast.checkpoints.fingerprint import fingerprint
 from lgvit_fast.checkpoints.fit import build_fitting, malformed
 from lgvit_fast.checkpoints.header import read_header
 from lgvit_fast.model_config import check_config
+from lgvit_fast.parameter_names import file_names
 
 if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
@@ -76,7 +77,7 @@ def save_pretrained(model: LGViT, folder: str | os.PathLike[str], **card_values:
     if not certifies(model):
         _logger.warning("the weights changed since the certificate was made: it is not saved")
         config["certificate"] = None
-    save_weights(folder / _WEIGHTS, model.state_dict(), {"format": config["format"]})
+    save_weights(folder / _WEIGHTS, file_names(model.state_dict()), {"format": config["format"]})
     save_json(folder / _CONFIG, config)
     if not (folder / _CARD).exists():
         save_text(folder / _CARD, str(model_card(model, **card_values)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.model import LGViT
+from lgvit_fast.parameter_names import file_names
 
 __all__ = [
     "Names",
@@ -129,12 +130,13 @@ def torchvision_names(keys: Iterable[str], swin: bool) -> Names:
 
 
 def published_names(model: LGViT) -> Names:
-    """Names in a checkpoint of the published code, of every entry in the model's state dict."""
+    """Names in a checkpoint of the published code, of every tensor of a model as files name it."""
     swin = len(model.adapter.depths) > 1
     distilled = model.adapter.num_class_tokens == 2
-    own = [key for key in model.state_dict() if not key.startswith("exit_heads.")]
+    keys = list(file_names(model.state_dict()))
+    own = [key for key in keys if not key.startswith("exit_heads.")]
     names = huggingface_names(own, "swin" if swin else "deit", distilled)
-    for key in model.state_dict():
+    for key in keys:
         if key.startswith("exit_heads."):
             _, index, part = key.split(".", 2)
             home = _highway(model, int(index))

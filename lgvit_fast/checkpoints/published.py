@@ -18,6 +18,7 @@ from lgvit_fast.checkpoints.foreign import Config, Source, load_named, read, req
 from lgvit_fast.checkpoints.names import published_names, scatter
 from lgvit_fast.heads.layout import ExitSpec, default_heads, default_layers
 from lgvit_fast.model import LGViT
+from lgvit_fast.parameter_names import file_names
 
 __all__ = ["export_published", "load_published"]
 
@@ -133,7 +134,7 @@ def export_published(
     swin = len(adapter.depths) > 1
     config = _describe(model, swin)
     try:
-        tensors = scatter(published_names(model), model.state_dict())
+        tensors = scatter(published_names(model), file_names(model.state_dict()))
     except KeyError as error:
         raise ValueError(
             f"the published code has no place for {error.args[0]} of a {type(backbone).__name__};"

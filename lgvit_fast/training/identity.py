@@ -11,6 +11,7 @@ from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.checkpoints.header import read_header
 from lgvit_fast.model import LGViT
 from lgvit_fast.model_config import check_config
+from lgvit_fast.parameter_names import file_names
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 
 __all__ = ["describe", "load_model", "load_stage1", "require_same"]
@@ -29,7 +30,7 @@ def describe(config: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> dic
         arguments = facts["backbone"]["args"].items()
         kept = {key: value for key, value in arguments if "drop" not in key}
         facts["backbone"] = {**facts["backbone"], "args": kept}
-    facts["weights"] = {name: list(shape) for name, shape in shapes.items()}
+    facts["weights"] = {name: list(shape) for name, shape in file_names(shapes).items()}
     return facts
 
 

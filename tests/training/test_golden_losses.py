@@ -9,6 +9,7 @@ import torch
 
 import lgvit_fast
 from lgvit_fast.checkpoints.names import published_names, scatter
+from lgvit_fast.parameter_names import file_names
 from lgvit_fast.training import Stage1Config, Stage2Config
 from lgvit_fast.training.losses import cross_entropy, distillation, stage1_loss, stage2_losses
 from lgvit_fast.training.stages import Stage1, Stage2
@@ -55,12 +56,8 @@ def swin():
 def gradients(model, loss):
     """Gradients by published name, as far as there are any."""
     loss.backward()
-    # the state dict hides the prefix of the backbone's own names
-    ours = {
-        name.removeprefix("backbone."): parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = file_names(found)
     names = {k: sources for k, sources in published_names(model).items() if k in ours}
     return scatter(names, ours).get
 
@@ -148,7 +145,7 @@ def test_stage1_distillation_has_the_published_loss(columnar):
 def test_batchnorm_buffers_after_one_step(golden):
     model = golden.model()
     Stage1(model, Stage1Config())(golden.images, golden.labels, 0)
-    state = model.state_dict()
+    state = file_names(model.state_dict())
     prefix = "train/bn_after_one_step/"
     ours = {source: key for key, (source, *_) in published_names(model).items()}
     names = [name for name in golden.arrays.files if name.startswith(prefix)]
