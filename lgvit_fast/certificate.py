@@ -241,7 +241,8 @@ def _most_likely(found: np.ndarray, seen: np.ndarray, radius: float) -> np.ndarr
 
     def shares(log_weight: float) -> np.ndarray:
         weight = math.exp(log_weight)
-        return (found + weight * seen) / (found.sum() + weight * n)
+        shares: np.ndarray = (found + weight * seen) / (found.sum() + weight * n)
+        return shares
 
     def distance(log_weight: float) -> float:
         return float(seen[here] @ np.log(seen[here] / n / shares(log_weight)[here]))

@@ -109,7 +109,7 @@ class LGViT(TimmInterface, nn.Module):
         self._certificate: Certificate | None = None
         self._backbone_frozen = False
         self.backbone_config = describe_backbone(timm_model)
-        self.register_load_state_dict_pre_hook(_take_names_of_files)
+        self.register_load_state_dict_pre_hook(_take_names_of_files)  # type: ignore[no-untyped-call]
         self.train(timm_model.training)
 
     def cut_segments(self) -> None:

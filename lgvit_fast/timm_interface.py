@@ -17,11 +17,13 @@ class TimmInterface:
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The backbone's final features, in its own layout; no exit is asked."""
-        return self._timm.forward_features(images)
+        features: Tensor = self._timm.forward_features(images)
+        return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The backbone's classifier on `forward_features`."""
-        return self._timm.forward_head(features, pre_logits=pre_logits)
+        logits: Tensor = self._timm.forward_head(features, pre_logits=pre_logits)
+        return logits
 
     def forward_intermediates(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the backbone's, see timm."""
@@ -29,7 +31,8 @@ class TimmInterface:
 
     def get_classifier(self) -> nn.Module:
         """The backbone's own classifier."""
-        return self._timm.get_classifier()
+        classifier: nn.Module = self._timm.get_classifier()
+        return classifier
 
     def reset_classifier(self, num_classes: int) -> None:
         """New classifiers for another number of classes, the final one and every exit's.
@@ -77,7 +80,8 @@ class TimmInterface:
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """Timm's configuration of the backbone: mean, std, input size and so on."""
-        return self._timm.pretrained_cfg
+        config: dict[str, Any] = self._timm.pretrained_cfg
+        return config
 
     default_cfg = pretrained_cfg
 

@@ -114,4 +114,5 @@ class ViTBackbone(PlainBackbone):
     def classify(self, tokens: Tensor) -> Tensor:
         logits = self.model.forward_head(self.model.norm(tokens))
         # In its own training mode a distilled DeiT gives the logits of both classifiers.
-        return (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
+        mean: Tensor = (logits[0] + logits[1]) / 2 if isinstance(logits, tuple) else logits
+        return mean

@@ -370,7 +370,7 @@ def _start_stream(engine: Engine, images: Tensor, policy: Replay, size: int) -> 
 def _layer_ratio(model: LGViT, policy: Replay) -> float:
     layers = [*(spec.layer for spec in model.exits), model.num_blocks]
     left = [layers[min(i, len(layers) - 1)] for i in policy.exit_index.tolist()]
-    return model.num_blocks * len(left) / sum(left)
+    return float(model.num_blocks * len(left) / sum(left))
 
 
 def _peak_mib(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:

@@ -152,7 +152,8 @@ def model_card(model: LGViT, **values: Any) -> ModelCard:
         "policy": str(model.policy),
         "certificate": None if model.certificate is None else str(model.certificate),
     }
-    return ModelCard.from_template(data, template_str=_TEMPLATE, **{**facts, **values})
+    card: ModelCard = ModelCard.from_template(data, template_str=_TEMPLATE, **{**facts, **values})
+    return card
 
 
 def load_pretrained(

@@ -100,7 +100,8 @@ def _confidence(selection: Recording) -> Family:
 
 def _entropy(selection: Recording) -> Family:
     def scores(recording: Recording) -> Tensor:
-        return -torch.special.entr(_probabilities(recording)).sum(-1)
+        entropy: Tensor = torch.special.entr(_probabilities(recording)).sum(-1)
+        return -entropy
 
     return _memoryless(lambda level: Entropy(max(-level, 0.0)), scores)
 
@@ -124,7 +125,7 @@ def _patient_confident(selection: Recording) -> Family:
     count = min(2, selection.num_exits)
 
     def scores(recording: Recording) -> Tensor:
-        entropy = torch.special.entr(_probabilities(recording)).sum(-1)
+        entropy: Tensor = torch.special.entr(_probabilities(recording)).sum(-1)
         if count == 1:
             return -entropy
         first = torch.full_like(entropy[:1], -torch.inf)

@@ -61,4 +61,5 @@ class ClassReadout(nn.Module):
         """Class tokens `[B, T, C]` to T vectors `[B, C]`; the patches are not looked at."""
         if self.pooler is not None:
             return (torch.tanh(self.pooler(class_tokens[:, 0])),)
-        return cast(nn.LayerNorm, self.norm)(class_tokens).unbind(1)
+        normed: Tensor = cast(nn.LayerNorm, self.norm)(class_tokens)
+        return normed.unbind(1)

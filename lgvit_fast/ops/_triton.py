@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-__all__ = ["exit_step", "gah_pool", "lph_pool", "precision", "refuse", "why_missing"]
+__all__ = ["INTERPRETED", "exit_step", "gah_pool", "lph_pool", "precision", "refuse", "why_missing"]
 
 _INSTALLED = find_spec("triton") is not None
 # Triton's own variable stands in for a GPU: kernels then run on the CPU, under its interpreter.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,7 +31,7 @@ def why_missing(device: torch.device) -> str | None:
         return "Triton is not installed"
     if device.type == "cuda":
         return _why_too_old(device)
-    if device.type == "cpu" and _INTERPRETED:
+    if device.type == "cpu" and INTERPRETED:
         return None
     return f"Triton kernels need a CUDA device, the tensors are on {device.type}"
 

@@ -30,17 +30,24 @@ def _probabilities(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor,
     return q, k, v, (scores - lse[..., None]).exp(), lse * 1.4426950408889634
 
 
-@torch.library.custom_op("lgvit_fast::attention", mutates_args=())
-def _operator(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    if _why_not(qkv, num_heads) is None:
-        kernels = import_module("lgvit_fast.kernels.attention")
-        found: tuple[Tensor, Tensor] = kernels.attention(
-            qkv, num_heads, precision=_triton.precision()
-        )
-        return found
+def _attention_kernel(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    kernels = import_module("lgvit_fast.kernels.attention")
+    found: tuple[Tensor, Tensor] = kernels.attention(qkv, num_heads, precision=_triton.precision())
+    return found
+
+
+def _attention_plain(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     _, _, v, p, lse = _probabilities(qkv, num_heads)
     out = (p @ v).transpose(1, 2).flatten(2).contiguous()
     return out, lse.to(torch.promote_types(qkv.dtype, torch.float32))
+
+
+# On a CPU the operators run in plain PyTorch, so that their registration can be checked there, or
+# under Triton's interpreter.
+_operator = torch.library.custom_op(
+    "lgvit_fast::attention", _attention_kernel, mutates_args=(), device_types="cuda"
+)
+_operator.register_kernel("cpu")(_attention_kernel if _triton.INTERPRETED else _attention_plain)
 
 
 @_operator.register_fake
@@ -53,22 +60,33 @@ def _(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("lgvit_fast::attention_backward", mutates_args=())
-def _backward_operator(
+def _backward_kernel(
     gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
 ) -> Tensor:
-    if _why_not(qkv, num_heads) is None:
-        kernels = import_module("lgvit_fast.kernels.attention")
-        found: Tensor = kernels.attention_backward(
-            gradient, qkv, out, lse, num_heads, precision=_triton.precision()
-        )
-        return found
+    kernels = import_module("lgvit_fast.kernels.attention")
+    found: Tensor = kernels.attention_backward(
+        gradient, qkv, out, lse, num_heads, precision=_triton.precision()
+    )
+    return found
+
+
+def _backward_plain(
+    gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int
+) -> Tensor:
     q, k, v, p, _ = _probabilities(qkv, num_heads)
     g = gradient.to(qkv.dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     y = out.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     ds = p * (g @ v.transpose(-2, -1) - (g * y).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     grads = torch.stack((ds @ k, ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ g))
     return grads.permute(1, 3, 0, 2, 4).flatten(2).contiguous()
+
+
+_backward_operator = torch.library.custom_op(
+    "lgvit_fast::attention_backward", _backward_kernel, mutates_args=(), device_types="cuda"
+)
+_backward_operator.register_kernel("cpu")(
+    _backward_kernel if _triton.INTERPRETED else _backward_plain
+)
 
 
 @_backward_operator.register_fake
@@ -92,13 +110,9 @@ def _backward(ctx: Any, gradient: Tensor | None, _: object) -> tuple[Tensor | No
 _operator.register_autograd(_backward, setup_context=_keep)
 
 
-def _why_not(qkv: Tensor, num_heads: int) -> str | None:
-    """Why the kernels cannot take `qkv`; then the operators run in plain PyTorch."""
-    return _triton.why_missing(qkv.device) or _refuse_triton(qkv, num_heads)
-
-
 def _attention_triton(qkv: Tensor, num_heads: int) -> Tensor:
-    return _operator(qkv, num_heads)[0]
+    out: Tensor = _operator(qkv, num_heads)[0]
+    return out
 
 
 def _refuse_triton(qkv: Tensor, num_heads: int) -> str | None:

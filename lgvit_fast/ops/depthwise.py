@@ -36,14 +36,23 @@ def _inner(
     return grid, F.conv2d(grid, kernel, bias.to(tokens.dtype), padding=1, groups=weight.shape[0])
 
 
-@torch.library.custom_op("lgvit_fast::depthwise_gelu", mutates_args=())
-def _operator(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
-    if _why_not(tokens) is None:
-        kernels = import_module("lgvit_fast.kernels.depthwise")
-        out: Tensor = kernels.depthwise_gelu(tokens, (height, width), weight, bias)
-        return out
+def _kernel(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
+    kernels = import_module("lgvit_fast.kernels.depthwise")
+    out: Tensor = kernels.depthwise_gelu(tokens, (height, width), weight, bias)
+    return out
+
+
+def _plain(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
     _, z = _inner(tokens, height, width, weight, bias)
     return F.gelu(z).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+# On a CPU the operators run in plain PyTorch, so that their registration can be checked there, or
+# under Triton's interpreter.
+_operator = torch.library.custom_op(
+    "lgvit_fast::depthwise_gelu", _kernel, mutates_args=(), device_types="cuda"
+)
+_operator.register_kernel("cpu")(_kernel if _triton.INTERPRETED else _plain)
 
 
 @_operator.register_fake
@@ -51,17 +60,19 @@ def _(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> 
     return tokens.new_empty(tokens.shape)
 
 
-@torch.library.custom_op("lgvit_fast::depthwise_gelu_backward", mutates_args=())
-def _backward_operator(
+def _backward_kernel(
     gradient: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _why_not(tokens) is None:
-        kernels = import_module("lgvit_fast.kernels.depthwise")
-        grid = (height, width)
-        found: tuple[Tensor, Tensor, Tensor] = kernels.depthwise_gelu_backward(
-            gradient, tokens, grid, weight, bias
-        )
-        return found
+    kernels = import_module("lgvit_fast.kernels.depthwise")
+    found: tuple[Tensor, Tensor, Tensor] = kernels.depthwise_gelu_backward(
+        gradient, tokens, (height, width), weight, bias
+    )
+    return found
+
+
+def _backward_plain(
+    gradient: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     grid_map, z = _inner(tokens, height, width, weight, bias)
     outer = gradient.unflatten(1, (height, width)).permute(0, 3, 1, 2).to(tokens.dtype)
     inner = torch.ops.aten.gelu_backward(outer, z)
@@ -75,6 +86,14 @@ def _backward_operator(
         result[1].squeeze(1).to(weight.dtype),
         result[2].to(bias.dtype),
     )
+
+
+_backward_operator = torch.library.custom_op(
+    "lgvit_fast::depthwise_gelu_backward", _backward_kernel, mutates_args=(), device_types="cuda"
+)
+_backward_operator.register_kernel("cpu")(
+    _backward_kernel if _triton.INTERPRETED else _backward_plain
+)
 
 
 @_backward_operator.register_fake
@@ -102,15 +121,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_keep)
 
 
-def _why_not(tokens: Tensor) -> str | None:
-    """Why the kernels cannot take `tokens`; then the operators run in plain PyTorch."""
-    return _triton.why_missing(tokens.device) or _triton.refuse(tokens.detach())
-
-
 def _depthwise_gelu_triton(
     tokens: Tensor, patch_grid: tuple[int, int], weight: Tensor, bias: Tensor
 ) -> Tensor:
-    return _operator(tokens, *patch_grid, weight, bias)
+    out: Tensor = _operator(tokens, *patch_grid, weight, bias)
+    return out
 
 
 def _refuse_triton(tokens: Tensor, *args: object) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -29,8 +29,11 @@ def _never_refuse(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[Result]):
     """One implementation of an op.
 
     Attributes:
@@ -44,7 +47,7 @@ class Backend:
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[..., Result]
     missing: Callable[[torch.device], str | None] = _never_missing
     refuse: Callable[..., str | None] = _never_refuse
 
@@ -57,7 +60,7 @@ class OpReport(NamedTuple):
     refused: dict[str, str]
 
 
-class Op:
+class Op(Generic[Result]):
     """An op with several backends, called like a function.
 
     Args:
@@ -66,14 +69,14 @@ class Op:
             the first of which is a tensor on the device where the work is done.
     """
 
-    def __init__(self, name: str, *backends: Backend) -> None:
+    def __init__(self, name: str, *backends: Backend[Result]) -> None:
         if not backends or backends[-1].name != "torch":
             raise ValueError(f"the last backend of op {name!r} must be the torch reference")
         self.name = name
         self.backends = backends
         _registry[name] = self
 
-    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Result:
         """Runs the op.
 
         Args:
@@ -89,7 +92,7 @@ class Op:
         chosen = self.choose(*args, backend=backend, **kwargs)
         return chosen.run(*args, **kwargs)
 
-    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend:
+    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Backend[Result]:
         """The backend that a call with these arguments runs on; raises as the call would."""
         name = _choice.get() if backend is None else _checked(backend)
         if name != "auto":
@@ -163,7 +166,7 @@ def _log_once(op: str, name: str, reason: str) -> None:
         _logger.info("%s: not on %s: %s", op, name, reason)
 
 
-_registry: dict[str, Op] = {}
+_registry: dict[str, Op[Any]] = {}
 _logged: set[tuple[str, str, str]] = set()
 _environment: str = _checked(os.environ.get("LGVIT_BACKEND", "auto"), "LGVIT_BACKEND")
 _choice: ContextVar[str] = ContextVar("lgvit_backend", default=_environment)

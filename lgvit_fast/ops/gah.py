@@ -39,7 +39,8 @@ def pool_grid(tokens: Tensor, patch_grid: tuple[int, int], stride: int, pool: st
         return tokens
     grid = tokens.unflatten(1, patch_grid)
     if pool == "subsample":
-        return grid[:, ::stride, ::stride].flatten(1, 2)
+        subsampled: Tensor = grid[:, ::stride, ::stride].flatten(1, 2)
+        return subsampled
     pooled = F.avg_pool2d(grid.permute(0, 3, 1, 2), stride, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1).flatten(1, 2)
 
