@@ -7,13 +7,14 @@ STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test test-avx2 sanitize lint bench gpu-check clean
+.PHONY: help install demo test stress test-avx2 sanitize lint bench gpu-check clean
 
 help:
 	@echo "make demo       train on real scans, exit early, and see what was gained (docs: README.md)"
 	@echo "make test       the whole test suite"
 	@echo "make test-avx2  what depends on the instruction set, held down to AVX2"
 	@echo "make sanitize   the operators' tests and fuzz on a build with address and UB sanitizers"
+	@echo "make stress     random tests of everything that must hold, ten minutes of them"
 	@echo "make lint       formatting, lint and types"
 	@echo "make bench      benchmarks of heads, compaction and model on this machine"
 	@echo "make gpu-check  build for this GPU, run its tests and benchmarks, write one json"
@@ -49,6 +50,9 @@ sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
 		python -m pytest -q tests/ops && python -m tests.fuzz.ops_fuzz 2500
+
+stress: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds 540 --json stress.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

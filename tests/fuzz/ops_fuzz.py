@@ -298,23 +298,17 @@ def child(first: int, last: int, seed: int, progress: Path) -> None:
     print("counts", *counts.values(), flush=True)
 
 
-def main(cases: int = 2500, seed: int = 0) -> int:
-    """Runs the table of hostile calls and `cases` random ones; returns the number of failures."""
+def run(count: int, seed: int) -> dict[str, int]:
+    """Make all hostile calls and `count` random ones, in child processes; `failures` is to be 0."""
     first, crashes, totals = -len(hostile_cases()), 0, [0, 0, 0]
-    total = cases - first
+    total = count - first
     with tempfile.TemporaryDirectory() as folder:
         progress = Path(folder, "case")
-        while first < cases:
-            command = [
-                sys.executable,
-                "-m",
-                "tests.fuzz.ops_fuzz",
-                "--child",
-                str(first),
-                str(cases),
-            ]
+        while first < count:
+            numbers = map(str, (first, count, seed))
+            command = [sys.executable, "-m", "tests.fuzz.ops_fuzz", "--child", *numbers]
             with subprocess.Popen(
-                [*command, str(seed), str(progress)],
+                [*command, str(progress)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -331,15 +325,19 @@ def main(cases: int = 2500, seed: int = 0) -> int:
             print(f"case {at} ended the process ({process.returncode})", flush=True)
             crashes += 1
             first = at + 1
-    print(
-        f"{total} cases, seed {seed}: {totals[0]} equal the reference, {totals[1]} refused,"
-        f" {totals[2]} failed, {crashes} crashed"
-    )
-    return totals[2] + crashes
+    returned, refused, failed = totals
+    return {"cases": total, "returned": returned, "refused": refused, "failures": failed + crashes}
+
+
+def main(cases: int = 2500, seed: int = 0) -> int:
+    """Run the cases and print their counts; returns the exit code."""
+    counts = run(cases, seed)
+    print(f"seed {seed}:", ", ".join(f"{key} {value}" for key, value in counts.items()))
+    return int(counts["failures"] > 0)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*map(int, sys.argv[2:5]), Path(sys.argv[5]))
     else:
-        sys.exit(main(*map(int, sys.argv[1:])) > 0)
+        sys.exit(main(*map(int, sys.argv[1:])))

@@ -5,7 +5,7 @@ from tests.fuzz import files_fuzz
 
 def test_every_damaged_file_loads_or_is_a_value_error():
     count = 160
-    outcomes = files_fuzz.run(count, seed=0)
+    outcomes = files_fuzz.outcomes(count, seed=0)
     assert sum(outcomes.values()) == count
     assert not [outcome for outcome in outcomes if "escaped" in outcome], outcomes
     refused = {outcome.split()[0] for outcome in outcomes if outcome.endswith("refused")}
