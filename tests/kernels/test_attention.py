@@ -61,15 +61,8 @@ def test_no_images() -> None:
     assert qkv.grad is not None and qkv.grad.shape == qkv.shape
 
 
-def test_gradcheck_of_the_formulas() -> None:
-    qkv = make(2, 3, 12, dtype=torch.float64).requires_grad_()
-    operator = torch.ops.lgvit_fast.attention.default
-    assert torch.autograd.gradcheck(lambda x: operator(x, 2)[0], (qkv,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "formulas"])
-def test_operator_registration(dtype: torch.dtype) -> None:
-    qkv = make(1, 5, 96, dtype=dtype)
+def test_operator_registration() -> None:
+    qkv = make(1, 5, 96)
     for x in (qkv, qkv.transpose(0, 1).clone().transpose(0, 1)):
         torch.library.opcheck(
             torch.ops.lgvit_fast.attention.default, (x.requires_grad_(), 2), rtol=1e-4, atol=1e-5

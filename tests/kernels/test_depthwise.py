@@ -56,20 +56,8 @@ def test_no_images() -> None:
     assert weight.grad is not None and weight.grad.count_nonzero() == 0
 
 
-def test_gradcheck_of_the_formulas() -> None:
-    inputs = [x.requires_grad_() for x in make(2, (3, 2), 3, torch.float64)]
-    operator = torch.ops.lgvit_fast.depthwise_gelu.default
-
-    def run(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        out: Tensor = operator(tokens, 3, 2, weight, bias)
-        return out
-
-    assert torch.autograd.gradcheck(run, inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "formulas"])
-def test_operator_registration(dtype: torch.dtype) -> None:
-    tokens, weight, bias = make(1, (3, 2), 32, dtype)
+def test_operator_registration() -> None:
+    tokens, weight, bias = make(1, (3, 2), 32, torch.float32)
     for x in (tokens, tokens.transpose(0, 1).clone().transpose(0, 1)):
         arguments = (x.requires_grad_(), 3, 2, weight.requires_grad_(), bias.requires_grad_())
         torch.library.opcheck(torch.ops.lgvit_fast.depthwise_gelu.default, arguments)
