@@ -7,15 +7,18 @@ STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help install demo test stress test-avx2 sanitize lint bench gpu-check clean
+.PHONY: help install demo test test-fast test-avx2 stress sanitize lint docs smoke-oldest bench gpu-check clean
 
 help:
 	@echo "make demo       train on real scans, exit early, and see what was gained (docs: README.md)"
 	@echo "make test       the whole test suite"
+	@echo "make test-fast  a slice of it that touches every part, in a minute or so"
 	@echo "make test-avx2  what depends on the instruction set, held down to AVX2"
 	@echo "make sanitize   the operators' tests and fuzz on a build with address and UB sanitizers"
 	@echo "make stress     random tests of everything that must hold, ten minutes of them"
 	@echo "make lint       formatting, lint and types"
+	@echo "make docs       these pages and the API reference as a site, in site/"
+	@echo "make smoke-oldest  a slice of the suite on the oldest supported torch and timm, and Python 3.12"
 	@echo "make bench      benchmarks of heads, compaction and model on this machine"
 	@echo "make gpu-check  build for this GPU, run its tests and benchmarks, write one json"
 
@@ -33,6 +36,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses=2 --dist=worksteal
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+smoke-oldest: $(STAMP)
+	.ci/smoke-oldest
 
 test-avx2: $(STAMP)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
@@ -66,4 +78,4 @@ gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)
+	rm -rf build dist site *.egg-info $(VENV) .venv-oldest

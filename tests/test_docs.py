@@ -1,35 +1,139 @@
-"""The documents' Python and the examples run as they are written."""
+"""Every snippet of every page runs, links lead somewhere, tables say what the code says."""
 
-import contextlib
 import importlib.util
-import io
+import json
 import re
-from pathlib import Path
+import shutil
+from collections import Counter
 
+import nbformat
 import pytest
+import timm
+from nbclient import NotebookClient
 
 from lgvit_fast.cli.train import configure
 from lgvit_fast.training.recipes import RECIPES
+from tests.pages import PAGES, ROOT, blocks, check, furnish, narrow, run_page
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LANGUAGES = {"python", "sh", "json", "text", "yaml"}
+
+# Why a block may be left out, and how many may say so. A new reason is a decision, not an accident.
+REASONS = {
+    "measures for minutes": 16,
+    "trains for minutes": 10,
+    "needs hundreds of images": 3,
+    "needs the network": 4,
+    "needs files of other programs": 3,
+    "needs several processes": 2,
+    "needs a GPU": 2,
+}
 
 
-@pytest.mark.parametrize("name", ["model", "backbones", "recipes", "checkpoints"])
-def test_snippets_run_in_order(name):
-    snippets = SNIPPET.findall((ROOT / "docs" / f"{name}.md").read_text())
-    assert snippets
-    names: dict = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for snippet in snippets:
-            exec(compile(snippet, f"docs/{name}.md", "exec"), names)
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory):
+    """A folder with the images and models that pages speak of."""
+    folder = tmp_path_factory.mktemp("furnished")
+    furnish(folder)
+    return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p.read_text())], ids=lambda p: p.stem)
+def test_every_snippet_runs(page, furnished, tmp_path, monkeypatch):
+    """Each page in a copy of that folder; models are built narrow."""
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(timm, "create_model", narrow(timm.create_model))
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_are_of_known_kinds(page):
+    text = page.read_text()
+    found = blocks(text)
+    assert {block.language for block in found} - {"setup"} <= LANGUAGES
+    for mark in ("<!-- not run", "<!-- setup"):
+        kept = [b for b in found if b.reason] if "run" in mark else []
+        kept = kept or [b for b in found if b.language == "setup" and "setup" in mark]
+        assert text.count(mark) == len(kept), f"{mark}: not directly before a block"
+    for block in found:
+        if block.language == "json":
+            for line in block.code.splitlines():
+                json.loads(line)
+
+
+def test_commands_stand_in_fences():
+    """A command in an indented block would escape the other tests."""
+    for page in PAGES:
+        outside = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        programs = r"^ {4,}(lgvit-fast|python|pip|make|pytest|torchrun) "
+        assert not re.search(programs, outside, re.MULTILINE), page
+
+
+def test_few_blocks_are_left_out():
+    reasons = Counter(b.reason for page in PAGES for b in blocks(page.read_text()) if b.reason)
+    assert not {r: n for r, n in reasons.items() if n > REASONS.get(r, 0)}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["lgvit-fast train --no-such-option", "make nothing", "python examples/none.py", "unknown x"],
+)
+def test_wrong_commands_are_found(command, capsys):
+    with pytest.raises((SystemExit, AssertionError)):
+        check(command)
+
+
+def test_a_wrong_snippet_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n```python\nassert 1 == 2\n```\n")
+    with pytest.raises(AssertionError):
+        run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!http)([^)#]+)", page.read_text())
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_anchors_exist(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        text = (page.parent / target if target else page).read_text()
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert anchor in slugs
+
+
+class TestReadme:
+    TEXT = (ROOT / "README.md").read_text()
+
+    def test_is_short(self):
+        assert len(self.TEXT.split()) < 600
+
+    def test_links_once(self):
+        links = re.findall(r"\]\(([^)]+)\)", self.TEXT)
+        assert not {link: n for link, n in Counter(links).items() if n > 1}
+
+    def test_speeds_are_those_measured(self):
+        """Each ratio of the table is a row of the json that its command wrote."""
+        rows = json.loads((ROOT / "benchmarks/results/cpu_vitb.json").read_text())["rows"]
+        measured = {(row["way"], row["batch_size"]): row["speedup"] for row in rows}
+        for way in ("infer", "engine"):
+            (row,) = re.findall(rf"^\|[^|]*`{way}`.*$", self.TEXT.replace("Engine", "engine"), re.M)
+            speeds = [cell.strip() for cell in row.split("|")[4:6]]
+            assert speeds == [f"{measured[way, batch]:.2f}x" for batch in (1, 16)]
+
+
+def test_the_notebook_runs(tmp_path):
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    assert "layer ratio" in printed
 
 
 def load(name):
