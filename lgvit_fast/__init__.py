@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lgvit_fast import ops
     from lgvit_fast.certificate import Certificate
     from lgvit_fast.checkpoints import load_published
+    from lgvit_fast.deploy.exporter import export
     from lgvit_fast.evaluation import Calibration, calibrate
     from lgvit_fast.heads import ExitSpec
     from lgvit_fast.inference import Engine, pack_, plan_exits, stream
@@ -53,6 +54,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "create_model",
+    "export",
     "load_published",
     "ops",
     "pack_",
@@ -66,6 +68,7 @@ _HOME = {
     "inference": ("Engine", "pack_", "plan_exits", "stream"),
     "certificate": ("Certificate",),
     "checkpoints": ("load_published",),
+    "deploy.exporter": ("export",),
     "evaluation": ("Calibration", "calibrate"),
     "model": ("LGViT", "create_model"),
     "outputs": ("ExitOutputs", "Inference"),

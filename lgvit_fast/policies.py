@@ -2,7 +2,7 @@
 
 A policy is one rule an exit and a few integers of state an image. The rule is plain data
 (`ExitRule`) so that a kernel can apply it; the state travels with its image through compaction, so
-an image gets the same answer alone or in any batch.
+an image gets the same answer alone or in any batch. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lgvit_fast.evidence import INPUTS, as_type, evidence, log_softmax, where
-from lgvit_fast.ops.exit_step import ExitRule, ExitStep, RuleKind
+from lgvit_fast.exit_rules import ExitRule, ExitStep, RuleKind
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 __all__ = [
+    "KINDS",
     "NEVER",
     "POLICIES",
     "Confidence",
@@ -43,9 +48,15 @@ class Policy:
 
     def start(self, batch: int, device: torch.device) -> Tensor:
         """State of a fresh batch: `[B, 2]` int32, run length 0 and no last class (-1)."""
+        import torch
+
         state = torch.full((batch, 2), -1, dtype=torch.int32, device=device)
         state[:, 0] = 0
         return state
+
+    def start_array(self, batch: int) -> NDArray[np.int32]:
+        """What `start` gives, as a NumPy array."""
+        return np.tile(np.array([0, -1], np.int32), (batch, 1))
 
     def part(self, start: int, stop: int) -> Policy:
         """The policy as it stands for images `start` to `stop - 1` of a batch or stream."""
@@ -58,7 +69,8 @@ class Policy:
     def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
         """The step with who leaves, given what the rule said; by default just that.
 
-        For what no rule says. Plain torch on whole batches, each row by itself, without a wait for the
+        For what no rule says. An exported model calls it with NumPy arrays. On whole batches, each row
+        by itself, without a wait for the
         device: so it gives the same in every backend, alone or in any batch, and in a CUDA graph.
 
         Args:
@@ -86,9 +98,11 @@ class Confidence(Policy):
         _check_thresholds(self.threshold, upper=1.0)
 
     def check(self, num_exits: int) -> None:
+        """Raise ValueError unless there is one threshold, or one for each of `num_exits` exits."""
         _check_length(self.threshold, num_exits)
 
     def rule(self, exit_index: int) -> ExitRule:
+        """The rule of an exit, counted from 0."""
         return ExitRule(RuleKind.CONFIDENCE, _at(self.threshold, exit_index))
 
 
@@ -106,9 +120,11 @@ class Entropy(Policy):
         _check_thresholds(self.threshold)
 
     def check(self, num_exits: int) -> None:
+        """Raise ValueError unless there is one threshold, or one for each of `num_exits` exits."""
         _check_length(self.threshold, num_exits)
 
     def rule(self, exit_index: int) -> ExitRule:
+        """The rule of an exit, counted from 0."""
         return ExitRule(RuleKind.ENTROPY, _at(self.threshold, exit_index))
 
 
@@ -126,6 +142,7 @@ class Patience(Policy):
         _check_patience(self.patience)
 
     def rule(self, exit_index: int) -> ExitRule:
+        """The rule of an exit, counted from 0."""
         return ExitRule(RuleKind.PATIENCE, patience=self.patience)
 
 
@@ -146,9 +163,11 @@ class PatientConfident(Policy):
         _check_patience(self.patience)
 
     def check(self, num_exits: int) -> None:
+        """Raise ValueError unless there is one threshold, or one for each of `num_exits` exits."""
         _check_length(self.threshold, num_exits)
 
     def rule(self, exit_index: int) -> ExitRule:
+        """The rule of an exit, counted from 0."""
         threshold = _at(self.threshold, exit_index)
         return ExitRule(RuleKind.PATIENT_CONFIDENT, threshold, self.patience)
 
@@ -193,6 +212,7 @@ class Learned(Policy):
         return f"Learned({self.threshold:.4g}, {len(self.mixture)} exits)"
 
     def check(self, num_exits: int) -> None:
+        """Raise ValueError unless it was fitted for `num_exits` exits."""
         if len(self.mixture) != num_exits:
             raise ValueError(
                 f"policy is for {len(self.mixture)} exits, the model has {num_exits} exits"
@@ -200,14 +220,22 @@ class Learned(Policy):
 
     def start(self, batch: int, device: torch.device) -> Tensor:
         """State: run length and last class, then the sum, whose float32 are kept as int32."""
+        import torch
+
         zeros = torch.zeros((batch, self.num_classes), dtype=torch.int32, device=device)
         return torch.cat((super().start(batch, device), zeros), dim=1)
+
+    def start_array(self, batch: int) -> NDArray[np.int32]:
+        """What `start` gives, as a NumPy array."""
+        zeros = np.zeros((batch, self.num_classes), np.int32)
+        return np.concatenate((super().start_array(batch), zeros), axis=1)
 
     def rule(self, exit_index: int) -> ExitRule:
         """Counts the run of equal classes and lets nobody leave."""
         return _COUNT_RUN
 
     def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
+        """The logits of the exits together, and who leaves by the learned rule."""
         logits, score = self.score(step, state, exit_index)
         leave = (score > self.threshold) & step.valid
         return ExitStep(as_type(logits, step.logits), leave, step.valid)
@@ -258,35 +286,48 @@ class Replay(Policy):
         ValueError: not one-dimensional, not integer, or negative.
     """
 
-    def __init__(self, exit_index: Sequence[int] | Tensor) -> None:
-        script = torch.as_tensor(exit_index)
-        if script.dim() != 1 or script.is_floating_point() or script.dtype == torch.bool:
-            if script.numel():
-                raise ValueError(
-                    f"exit_index has shape {tuple(script.shape)} and dtype {script.dtype},"
-                    " expected [B] integers"
-                )
-        if script.numel() and int(script.min()) < 0:
-            raise ValueError(f"exit_index holds {int(script.min())}, expected exits from 0 on")
-        self.exit_index = script.to(torch.int32)
+    def __init__(self, exit_index: Sequence[int] | NDArray[np.integer] | Tensor) -> None:
+        given: Any = exit_index
+        script = np.asarray(given.cpu() if hasattr(given, "cpu") else given)
+        if script.ndim != 1 or (script.size and not np.issubdtype(script.dtype, np.integer)):
+            raise ValueError(
+                f"exit_index has shape {script.shape} and dtype {script.dtype}, expected [B] integers"
+            )
+        if script.size and script.min() < 0:
+            raise ValueError(f"exit_index holds {script.min()}, expected exits from 0 on")
+        self.exit_index: NDArray[np.int32] = script.astype(np.int32)
 
     def __repr__(self) -> str:
-        return f"Replay({self.exit_index.numel()} images)"
+        return f"Replay({self.exit_index.size} images)"
 
     def start(self, batch: int, device: torch.device) -> Tensor:
         """State: the scripted exit of each image."""
-        if batch != self.exit_index.numel():
-            raise ValueError(
-                f"Replay scripts {self.exit_index.numel()} images, the batch has {batch}"
-            )
-        return self.exit_index.to(device)[:, None].repeat(1, 2)
+        import torch
+
+        return torch.from_numpy(self.start_array(batch)).to(device)
+
+    def start_array(self, batch: int) -> NDArray[np.int32]:
+        """State: the scripted exit of each image."""
+        if batch != self.exit_index.size:
+            raise ValueError(f"Replay scripts {self.exit_index.size} images, the batch has {batch}")
+        return np.repeat(self.exit_index[:, None], 2, axis=1)
 
     def part(self, start: int, stop: int) -> Replay:
+        """The script of images `start` to `stop - 1`."""
         return Replay(self.exit_index[start:stop])
 
     def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:
+        """The scripted exit, or one before it that was not asked."""
         return step._replace(leave=state[:, 0] <= exit_index)
 
+
+# The policies that commands and sweeps choose from, by their names there.
+KINDS: dict[str, type[Policy]] = {
+    "confidence": Confidence,
+    "entropy": Entropy,
+    "patience": Patience,
+    "patient_confident": PatientConfident,
+}
 
 # The policies that can be saved, by the name they are saved under.
 POLICIES: dict[str, type[Policy]] = {

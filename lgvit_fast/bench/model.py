@@ -289,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
         policy = trace.policy(count, [spec.layer for spec in model.exits])
         plan = None
         if args.plan:
-            histogram = torch.bincount(policy.exit_index, minlength=len(trace.images)).tolist()
+            histogram = np.bincount(policy.exit_index, minlength=len(trace.images)).tolist()
             plan = plan_exits(model, histogram, batch_size)
         chosen = ways(model, batch_size, not args.no_compile, None if plan is None else plan.exits)
         if args.only:

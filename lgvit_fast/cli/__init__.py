@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
     "calibrate": "choose the exits' threshold with a guarantee on the accuracy lost",
     "predict": "classify image files",
+    "export": "a trained model to ONNX graphs that run without torch",
     "bench": "speed of the fused exits on this machine, beside the plain ones",
     "convert": "checkpoints of the published code, Hugging Face or torchvision to models, and back",
     "info": "what is installed and compiled, which backends run here, what is missing",

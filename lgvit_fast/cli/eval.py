@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgvit_fast.cli.options import (
+    MODEL_HELP,
     ON_THE_HUB,
     POLICIES,
     UsageError,
@@ -16,6 +17,8 @@ from lgvit_fast.cli.options import (
     add_policy,
     autocast_of,
     count,
+    is_exported,
+    load_exported,
     load_model,
     policy_from,
 )
@@ -52,7 +55,7 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model, or hf-hub:USER/MODEL")
+    parser.add_argument("model", metavar="MODEL_FOLDER", help=MODEL_HELP)
     add_images(parser)
     add_policy(
         parser,
@@ -126,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.save_policy and args.model.startswith(ON_THE_HUB):
         raise UsageError(f"--save-policy writes to a folder; {args.model} is on the hub")
-    model = load_model(args.model, args.device)
+    model = _exported(args) if is_exported(args.model) else load_model(args.model, args.device)
     kinds, policy = _policies(args, model)
     source, relabel = open_images(args, model)
     evaluation = evaluate(
@@ -157,6 +160,12 @@ def run(args: argparse.Namespace) -> int:
         line = f"lgvit-fast eval: cannot read {image.name}: {image.reason}"
         print(printable(line), file=sys.stderr)
     return 1 if evaluation.recording.bad else 0
+
+
+def _exported(args: argparse.Namespace) -> Any:
+    from lgvit_fast.evaluation.exported import ExportedModel
+
+    return ExportedModel(load_exported(args))
 
 
 def show(evaluation: Evaluation, model: LGViT) -> None:

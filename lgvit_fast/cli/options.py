@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lgvit_fast.deploy import Deployed
     from lgvit_fast.model import LGViT
     from lgvit_fast.policies import Policy
 
 __all__ = [
+    "MODEL_HELP",
     "ON_THE_HUB",
     "POLICIES",
     "UsageError",
@@ -20,12 +22,17 @@ __all__ = [
     "add_policy",
     "autocast_of",
     "count",
+    "is_exported",
+    "load_exported",
     "load_model",
     "policy_from",
 ]
 
 POLICIES = ("confidence", "entropy", "patience", "patient_confident")
 ON_THE_HUB = "hf-hub:"  # before the name of a model on the Hugging Face hub, as in timm
+
+
+MODEL_HELP = "a saved model, an exported one, or hf-hub:USER/MODEL"
 
 
 class UsageError(ValueError):
@@ -59,13 +66,13 @@ def add_policy(
     )
 
 
-def policy_from(args: argparse.Namespace, model: LGViT) -> Policy | None:
+def policy_from(args: argparse.Namespace, model: LGViT | Deployed) -> Policy | None:
     """The policy that the arguments name, None if they name none.
 
     Raises:
         UsageError: numbers out of range, of another policy, or for another number of exits.
     """
-    from lgvit_fast.evaluation.tradeoff import KINDS
+    from lgvit_fast.policies import KINDS
 
     numbers = {"threshold": args.threshold, "patience": args.patience}
     numbers = {name: value for name, value in numbers.items() if value is not None}
@@ -136,6 +143,29 @@ def load_model(folder: str, device: str | None) -> LGViT:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch sees no GPU")
     return LGViT.from_pretrained(name).to(place)
+
+
+def is_exported(folder: str) -> bool:
+    """Whether a folder holds what `lgvit-fast export` wrote."""
+    return Path(folder, "manifest.json").is_file()
+
+
+def load_exported(args: argparse.Namespace) -> Deployed:
+    """The exported model in the folder `args.model`. Does not need torch.
+
+    Raises:
+        UsageError: --device or --precision, which an exported model has no choice of.
+        RuntimeError: no runtime is installed.
+        ValueError: a damaged export, saying how.
+    """
+    if args.device not in (None, "cpu") or args.precision != "fp32":
+        raise UsageError(
+            f"{args.model} is exported: it runs on the CPU in the precision it was exported with;"
+            " leave out --device and --precision"
+        )
+    from lgvit_fast.deploy import Deployed
+
+    return Deployed(args.model)
 
 
 def _thresholds(text: str) -> float | list[float]:

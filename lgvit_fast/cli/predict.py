@@ -7,15 +7,18 @@ import csv
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lgvit_fast.cli.options import (
+    MODEL_HELP,
     UsageError,
     add_compute,
     add_policy,
     autocast_of,
     count,
+    is_exported,
+    load_exported,
     load_model,
     policy_from,
 )
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lgvit_fast.data.batches import Batch
+    from lgvit_fast.deploy import Answers, Deployed
     from lgvit_fast.model import LGViT
+    from lgvit_fast.outputs import Inference
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _COLUMNS = (
@@ -59,7 +64,7 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model, or hf-hub:USER/MODEL")
+    parser.add_argument("model", metavar="MODEL_FOLDER", help=MODEL_HELP)
     parser.add_argument(
         "paths",
         metavar="PATH",
@@ -88,7 +93,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer every image; 1 if any could not be read."""
-    model = load_model(args.model, args.device)
+    exported = is_exported(args.model)
+    model = load_exported(args) if exported else load_model(args.model, args.device)
     policy = policy_from(args, model)
     if policy is not None:
         model.policy = policy
@@ -98,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     names = _class_names(args.class_map, model)
     write = _writer(args.format, args.csv_safe)
     failed = 0
-    for row in _rows(model, list(_files(args.paths)), names, args):
+    rows: Any = _exported_rows if exported else _rows
+    for row in rows(model, list(_files(args.paths)), names, args):
         failed += "error" in row
         write(row)
     if failed:
@@ -134,6 +141,35 @@ def _rows(
         start = stop
 
 
+def _exported_rows(
+    model: Deployed, paths: list[str], names: list[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """`_rows` where torch need not be installed."""
+    import numpy as np
+    from PIL import Image
+
+    for start in range(0, len(paths), args.batch_size):
+        part = paths[start : start + args.batch_size]
+        images, errors = [], {}
+        for path in part:
+            try:
+                images.append(model.manifest.preprocessing.read(path))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                errors[path] = f"{type(error).__name__}: {error}"
+        rows: list[dict[str, Any]] = []
+        if images:
+            batch = np.stack(images)
+            if not start:
+                model(batch[:1])  # the runtime's first run allocates; not the images' time
+            began = time.perf_counter()
+            result = model(batch)
+            rows = _described(result, 1000 * (time.perf_counter() - began) / len(batch), names)
+        answers = iter(rows)
+        for path in part:
+            row = {"error": errors[path]} if path in errors else next(answers)
+            yield {"path": path, **row}
+
+
 def _answer(
     model: LGViT, batch: Batch, names: list[str], args: argparse.Namespace, first: bool
 ) -> list[dict[str, Any]]:
@@ -152,7 +188,13 @@ def _answer(
         began = time.perf_counter()
         result = model.infer(images)
         synchronize(device)
-    milliseconds = 1000 * (time.perf_counter() - began) / len(images)
+    return _described(result, 1000 * (time.perf_counter() - began) / len(images), names)
+
+
+def _described(
+    result: Inference | Answers, milliseconds: float, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What is said of each image of a batch."""
     rows: list[dict[str, Any]] = []
     for number, confidence, layer, nonfinite in zip(
         result.prediction.tolist(),
@@ -210,9 +252,9 @@ def _files(paths: list[str]) -> Iterator[str]:
             yield path
 
 
-def _class_names(path: str | None, model: LGViT) -> list[str]:
+def _class_names(path: str | None, model: LGViT | Deployed) -> list[str]:
     if path is None:
-        return model.class_names or []
+        return list(model.class_names or ())
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         names = [line.strip() for line in file if line.strip()]
     if len(names) != model.num_classes:

@@ -31,7 +31,13 @@ class InputSpec:
 
     @classmethod
     def of(cls, backbone: nn.Module) -> InputSpec:
-        """Read a timm model's own data config, with the size and channels it was really built for."""
+        """Read a timm model's own data config, with the size and channels it was really built for.
+
+        A backbone with an `input_spec` of its own says it by that.
+        """
+        own = getattr(backbone, "input_spec", None)
+        if isinstance(own, cls):
+            return own
         config = timm.data.resolve_model_data_config(backbone)
         embed: Any = backbone.patch_embed
         size = getattr(embed, "img_size", None) or config["input_size"][1:]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lgvit_fast.evaluation.bounds import drop_interval, rate_interval
 from lgvit_fast.evaluation.recording import Recording
 from lgvit_fast.ops.exit_step import ExitStep, apply_rule
-from lgvit_fast.policies import Confidence, Entropy, Patience, PatientConfident, Policy
+from lgvit_fast.policies import KINDS, Confidence, Entropy, Patience, PatientConfident, Policy
 
 __all__ = [
     "KINDS",
@@ -29,13 +29,6 @@ __all__ = [
     "summarise",
     "sweep",
 ]
-
-KINDS: dict[str, type[Policy]] = {
-    "confidence": Confidence,
-    "entropy": Entropy,
-    "patience": Patience,
-    "patient_confident": PatientConfident,
-}
 
 _CONFIDENCES = (
     *(0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95),

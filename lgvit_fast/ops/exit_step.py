@@ -6,44 +6,16 @@ product on `[B, ...]`, the softmax statistics of its rows and a rule that says w
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgvit_fast.exit_rules import ExitRule, ExitStep, RuleKind
 from lgvit_fast.ops import _cpp, _triton
 from lgvit_fast.ops.checks import check_memory, check_vector
 from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["ExitRule", "ExitStep", "RuleKind", "apply_rule", "exit_step", "exit_step_reference"]
-
-
-class RuleKind(IntEnum):
-    """What an exit rule compares; the values are shared with the kernels."""
-
-    NEVER = 0
-    CONFIDENCE = 1  # max softmax > threshold
-    ENTROPY = 2  # entropy in nats < threshold
-    PATIENCE = 3  # `patience` exits in a row predict the same class
-    PATIENT_CONFIDENT = 4  # `patience` exits in a row have entropy < threshold
-
-
-class ExitRule(NamedTuple):
-    """One exit's rule in the form every backend understands."""
-
-    kind: RuleKind
-    threshold: float = 0.0
-    patience: int = 0
-
-
-class ExitStep(NamedTuple):
-    """What an exit says of each image that reaches it."""
-
-    logits: Tensor  # [B, K], compute dtype
-    leave: Tensor  # [B] bool
-    valid: Tensor  # [B] bool, False where the softmax is not a number
 
 
 def apply_rule(rule: ExitRule, logits: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lgvit_fast import _extension
 from lgvit_fast.ops.checks import check_memory
+from lgvit_fast.ops.dispatch import chosen_backend
 
 __all__ = ["CANDIDATES", "Linear", "PackedLinear", "fastest", "inference_linear", "why_not"]
 
@@ -81,12 +82,15 @@ Linear = Callable[[Tensor], Tensor]
 def inference_linear(weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Linear:
     """`activation(x weight^T + bias)` for inference: packed where `PackedLinear` can be, else plain.
 
+    Under `ops.backend("torch")` it is plain, and so can be traced and exported.
+
     Args:
         weight: `[N, K]`.
         bias: `[N]` of the same dtype, or None.
         activation: None, or "gelu" for the exact gelu.
     """
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+    packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    if packable and chosen_backend() != "torch":
         return PackedLinear(weight, bias, activation)
     return partial(_plain, weight=weight, bias=bias, activation=activation)  # can be pickled
 

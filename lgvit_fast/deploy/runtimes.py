@@ -1,0 +1,133 @@
+"""ONNX Runtime and OpenVINO behind one interface: bytes of a graph in, a function of arrays out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LOADERS", "RUNTIMES", "Graph", "SegmentOutput", "load_runtime", "why_missing"]
+
+
+# What a runtime makes of a graph: a function to its outputs, their names, and the input's shape.
+_Loaded = tuple[Callable[[NDArray[np.float32]], Any], list[str], tuple[int | None, ...]]
+
+
+class SegmentOutput(NamedTuple):
+    """What a graph gives of n images. The fields are the names of the graph's outputs."""
+
+    logits: NDArray[np.float32]  # [n, K]
+    confidence: NDArray[np.float32]  # [n], largest softmax probability
+    entropy: NDArray[np.float32]  # [n], of the softmax, in nats
+    prediction: NDArray[np.int64]  # [n], class of the largest logit
+    valid: NDArray[np.bool_]  # [n], False where the softmax is not a number
+    tokens: NDArray[np.float32] | None = None  # [n, ...], input of the next graph; not of the last
+
+
+class Graph(NamedTuple):
+    """A graph ready to run.
+
+    Attributes:
+        run: images or tokens `[n, ...]`, n >= 1, float32 and contiguous, to its outputs. These may be
+            overwritten by the next call.
+        shape: of an input without the batch; None where a size is not fixed.
+    """
+
+    run: Callable[[NDArray[np.float32]], SegmentOutput]
+    shape: tuple[int | None, ...]
+
+
+def why_missing(runtime: str) -> str | None:
+    """Why a runtime cannot be used, with the command that installs it; None if it can."""
+    if importlib.util.find_spec(runtime) is not None:
+        return None
+    return f"{runtime} is not installed: pip install {runtime}"
+
+
+def load_runtime(runtime: str, threads: int | None) -> tuple[str, Callable[[bytes], Graph]]:
+    """The name of the runtime chosen, and what makes a graph ready on it.
+
+    Args:
+        runtime: one of `RUNTIMES`, or "auto" for the first that is installed.
+        threads: for one graph; None takes every processor this process may use.
+
+    Raises:
+        ValueError: an unknown runtime, or no thread.
+        RuntimeError: it is not installed; the message names the command that installs it.
+    """
+    if runtime not in ("auto", *RUNTIMES):
+        raise ValueError(f"runtime={runtime!r}, expected auto, {' or '.join(RUNTIMES)}")
+    if threads is not None and (isinstance(threads, bool) or threads < 1):
+        raise ValueError(f"threads={threads!r}, expected at least 1, or None for all processors")
+    missing = {name: why_missing(name) for name in RUNTIMES if runtime in ("auto", name)}
+    found = next((name for name, reason in missing.items() if reason is None), None)
+    if found is None:
+        raise RuntimeError(" or ".join(filter(None, missing.values())))
+    count = threads or len(os.sched_getaffinity(0))
+    load = LOADERS[found](count)
+
+    def load_segment(data: bytes) -> Graph:
+        run, names, shape = load(data)
+        return Graph(lambda x: SegmentOutput(**dict(zip(names, run(x), strict=True))), shape)
+
+    return found, load_segment
+
+
+def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # The graphs run one after the other: idle threads of one must not spin while another works.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors come as exceptions
+
+    def load(data: bytes) -> _Loaded:
+        session = onnxruntime.InferenceSession(
+            data, sess_options=options, providers=["CPUExecutionProvider"]
+        )
+        (entry,) = session.get_inputs()
+        names = [output.name for output in session.get_outputs()]
+        shape = tuple(size if isinstance(size, int) else None for size in entry.shape[1:])
+        # Neither way copies: arrays in are read in place, arrays out are the session's own memory.
+        return (lambda x: session.run(None, {entry.name: x})), names, shape
+
+    return load
+
+
+def _openvino(threads: int) -> Callable[[bytes], _Loaded]:
+    import openvino
+    from openvino import properties
+    from openvino.properties import hint
+
+    core = openvino.Core()
+    settings: dict[Any, Any] = {
+        hint.performance_mode: hint.PerformanceMode.LATENCY,
+        hint.inference_precision: openvino.Type.f32,  # else bfloat16 where the processor has it
+        properties.num_streams: 1,
+        properties.inference_num_threads: threads,
+    }
+
+    def load(data: bytes) -> _Loaded:
+        compiled = core.compile_model(core.read_model(model=data), "CPU", settings)
+        request = compiled.create_infer_request()
+        names = [output.get_any_name() for output in compiled.outputs]
+
+        def run(x: NDArray[np.float32]) -> list[Any]:
+            request.infer({0: x}, share_inputs=True, share_outputs=True)
+            return [request.get_output_tensor(index).data for index in range(len(names))]
+
+        sizes = list(compiled.input(0).get_partial_shape())[1:]
+        return run, names, tuple(d.get_length() if d.is_static else None for d in sizes)
+
+    return load
+
+
+# From a number of threads to what loads the bytes of any ONNX graph; "auto" takes the first installed.
+LOADERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+RUNTIMES = tuple(LOADERS)
