@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -86,7 +87,7 @@ class LGViT(TimmInterface, nn.Module):
         self.num_classes = self.adapter.num_classes
         if self.num_classes < 1:
             raise ValueError("the timm model has no classifier: give num_classes")
-        self.class_names: list[str] | None = None
+        self._class_names: list[str] | None = None
         self.exits = resolve_exits(exits, heads, self.num_blocks, self.adapter.depths)
         self.pool, self.num_heads = pool, num_heads
         self.exit_heads = nn.ModuleList(
@@ -141,6 +142,33 @@ class LGViT(TimmInterface, nn.Module):
             certificate.require(policies.to_dict(self.policy), layers, self.num_classes)
         self._certificate = certificate
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """What the K classes are called, in their order, or None; saved with the model."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        if names is None:
+            self._class_names = None
+            return
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"class_names is {names!r}, expected a list of strings or None")
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"class_names has {len(names)} entries, the model has {self.num_classes} classes"
+            )
+        self._class_names = list(names)
+
+    @property
+    def untrained_exits(self) -> tuple[int, ...]:
+        """The blocks (from 1) whose exits were never trained; see `ExitHead.trained`."""
+        return tuple(
+            spec.layer
+            for spec, head in zip(self.exits, self._heads, strict=True)
+            if not head.trained
+        )
+
     def forward(self, images: Tensor) -> ExitOutputs | Tensor:
         """`ExitOutputs` in train mode, logits `[B, K]` with early exit in eval mode."""
         return self.forward_exits(images) if self.training else self.infer(images).logits
@@ -185,10 +213,16 @@ class LGViT(TimmInterface, nn.Module):
             policy: None takes `self.policy`.
 
         Raises:
-            RuntimeError: the model is in train mode.
+            RuntimeError: the model is in train mode, or being exported as a whole.
             ValueError: images of another shape, size, dtype or device than the model wants, or a
                 policy for another number of exits.
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a whole LGViT cannot be exported: which blocks run depends on the images."
+                " Export model.segments one by one and choose between them in a loop outside"
+                " the graphs"
+            )
         policy = self.admit(images, policy)
         answer = self.blank(len(images), images.device)
         self.prepare()
@@ -444,7 +478,10 @@ def create_model(
         ValueError: no timm model of that name, or see `LGViT`.
     """
     if not timm.is_model(model_name):
-        near = timm.list_models(f"*{model_name.split('_')[0]}*", pretrained=False)[:5]
+        names = timm.list_models(exclude_filters="lgvit_*")
+        family = model_name.split("_")[0]
+        kin = [name for name in names if name.split("_")[0] == family]
+        near = difflib.get_close_matches(model_name, kin or names, n=5, cutoff=0.4)
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise ValueError(f"timm has no model named {model_name!r}{hint}")
     backbone = make_backbone(model_name, pretrained, **timm_kwargs)

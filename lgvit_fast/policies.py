@@ -62,6 +62,22 @@ class Policy:
         """The policy as it stands for images `start` to `stop - 1` of a batch or stream."""
         return self
 
+    def for_all_exits(self, asked: Sequence[int], num_exits: int) -> Policy:
+        """The same policy for a model of `num_exits` exits of which only those `asked` are asked.
+
+        Args:
+            asked: their numbers from 0, increasing. A policy with one threshold for each of these gets
+                one for each exit of the model; any other is given back as it is.
+            num_exits: E.
+        """
+        threshold = getattr(self, "threshold", None)
+        if not isinstance(threshold, Sequence) or len(threshold) != len(asked):
+            return self
+        spread = [threshold[0]] * num_exits  # those not asked are never compared with
+        for place, value in zip(asked, threshold, strict=True):
+            spread[place] = value
+        return dataclasses.replace(self, threshold=spread)  # type: ignore[type-var]
+
     def rule(self, exit_index: int) -> ExitRule:
         """The rule of an exit, counted from 0."""
         return ExitRule(RuleKind.NEVER)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lgvit_fast.backbones.timm_models import with_pooling
 from lgvit_fast.parameter_names import BACKBONE
 
 __all__ = ["TimmInterface"]
@@ -34,8 +35,13 @@ class TimmInterface:
         classifier: nn.Module = self._timm.get_classifier()
         return classifier
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifiers for another number of classes, the final one and every exit's.
+
+        Args:
+            num_classes: K.
+            global_pool: how the backbone pools its last tokens, as timm names it ("token", "avg", ...);
+                None leaves that as it is. The exits are not changed by it.
 
         Raises:
             ValueError: no classes.
@@ -45,13 +51,15 @@ class TimmInterface:
                 f"num_classes={num_classes}, expected at least 1: exits are classifiers"
             )
         model = cast(Any, self)
-        self._timm.reset_classifier(num_classes)
+        self._timm.reset_classifier(num_classes, global_pool)
         for head in model.exit_heads:
             head.reset_classifiers(num_classes)
         model.num_classes = model.adapter.num_classes = num_classes
         model.class_names = None
         if model.backbone_config is not None:
             model.backbone_config["args"]["num_classes"] = num_classes
+            if global_pool is not None:
+                model.backbone_config = with_pooling(self._timm, model.backbone_config, global_pool)
         model.cut_segments()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

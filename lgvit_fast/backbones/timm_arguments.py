@@ -15,7 +15,7 @@ import timm
 
 from lgvit_fast.rules import Rule, choice, flag, integer, number, one_or_list, require, word
 
-__all__ = ["ARGUMENTS", "check_arguments", "check_description"]
+__all__ = ["ARGUMENTS", "check_arguments", "check_data", "check_description"]
 
 _SIZE = one_or_list(integer(1, 8192))
 _RATE = number(0, 1)
@@ -82,6 +82,14 @@ ARGUMENTS: dict[str, Rule] = {
     "attn_layer": word,
 }  # fmt: skip
 
+# How images are prepared, in the words of timm's configurations of weights.
+_DATA: dict[str, Rule] = {
+    "mean": one_or_list(_FACTOR),
+    "std": one_or_list(number(1e-6, 1e6)),
+    "interpolation": word,
+    "crop_pct": number(0.01, 2),
+}
+
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}(\.[A-Za-z0-9_]{1,100})?")
 
 
@@ -105,6 +113,18 @@ def check_arguments(args: Mapping[str, Any], where: str) -> None:
                 " code and give it as backbone="
             )
     require(args, ARGUMENTS, f"{where}.")
+
+
+def check_data(data: Any, where: str) -> None:
+    """Refuse what does not say how images are prepared: mean, std, interpolation, crop_pct.
+
+    Raises:
+        ValueError: another entry, or one of another type or range.
+    """
+    unknown = [key for key in data if key not in _DATA] if isinstance(data, Mapping) else [data]
+    if unknown:
+        raise ValueError(f"{where} holds {repr(unknown[0])[:80]}, expected {', '.join(_DATA)}")
+    require(data, _DATA, f"{where}.")
 
 
 def check_description(made: Any) -> None:
@@ -131,3 +151,4 @@ def check_description(made: Any) -> None:
         )
     check_arguments(made["args"], "backbone.args")
     require(made, {"layer_norm_eps": number(0, 1)}, "backbone.")
+    check_data(made.get("data") or {}, "backbone.data")

@@ -11,7 +11,17 @@ from torch import nn
 
 from lgvit_fast.backbones.timm_arguments import check_arguments, check_description
 
-__all__ = ["describe_backbone", "make_backbone", "remake_backbone", "set_layer_norm_eps"]
+__all__ = [
+    "DATA_KEYS",
+    "describe_backbone",
+    "make_backbone",
+    "remake_backbone",
+    "set_layer_norm_eps",
+    "with_pooling",
+]
+
+# How images are prepared, as timm's configurations of weights name it.
+DATA_KEYS = ("mean", "std", "interpolation", "crop_pct")
 
 
 # Arguments that say where weights come from, not what the model is.
@@ -37,7 +47,8 @@ def remake_backbone(made: dict[str, Any]) -> nn.Module:
     """
     check_description(made)
     try:
-        return make_backbone(made["name"], **made["args"])
+        data = {"pretrained_cfg_overlay": made["data"]} if made.get("data") else {}
+        return make_backbone(made["name"], **made["args"], **data)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"timm cannot make {made['name']!r} with {made['args']}: {type(error).__name__}: {error}"
@@ -59,12 +70,50 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
         again = _without_storage(name, args)
     except (TypeError, ValueError, RuntimeError):
         return None
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if shapes != {key: value.shape for key, value in again.state_dict().items()}:
+    if _shapes(model) != _shapes(again):
         return None  # changed after it was made, by set_input_size for one
     if recorded is None and _settings(model) != _settings(again):
         return None
-    return {"name": name, "args": args}
+    data = _own_data(name, model.pretrained_cfg)
+    return {"name": name, "args": args, **({"data": data} if data else {})}
+
+
+def _own_data(name: str, cfg: Any) -> dict[str, Any]:
+    """How images are prepared for these weights, where timm does not do so for the bare name."""
+    usual = timm.get_pretrained_cfg(name)
+    if usual is None:
+        return {}
+    own = {key: cfg[key] for key in DATA_KEYS if cfg.get(key) is not None}
+    own = {key: _listed(value) for key, value in own.items()}
+    return {key: value for key, value in own.items() if value != _listed(getattr(usual, key))}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def with_pooling(
+    model: nn.Module, config: dict[str, Any], global_pool: str
+) -> dict[str, Any] | None:
+    """What `describe_backbone` gave, for the same model after its pooling was changed.
+
+    Pooling decides, in timm, where a new model has its last norm; here that stays where it was. None if
+    no arguments make such a model.
+    """
+    args = {**config["args"], "global_pool": global_pool}
+    for norm in ({}, {"fc_norm": False}, {"use_fc_norm": False}, {"fc_norm": True}):
+        try:
+            again = _without_storage(config["name"], {**args, **norm})
+        except (TypeError, ValueError, RuntimeError, AssertionError):
+            continue
+        if _shapes(again) == _shapes(model):
+            return {**config, "args": {**args, **norm}}
+    return None
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    """The shape of every tensor."""
+    return {key: value.shape for key, value in model.state_dict().items()}
 
 
 def _size_of(model: nn.Module) -> dict[str, Any]:

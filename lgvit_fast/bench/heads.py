@@ -21,6 +21,7 @@ import timm
 import torch
 
 from lgvit_fast import ops
+from lgvit_fast.arguments import count
 from lgvit_fast.bench.machine import machine
 from lgvit_fast.checkpoints.files import save_json
 from lgvit_fast.clock import take_turns
@@ -159,12 +160,12 @@ def markdown(rows: Sequence[Row]) -> str:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "--batch-size", type=int, nargs="+", metavar="B", help="default: 1 16; GPU 1 16 64 256"
+        "--batch-size", type=count, nargs="+", metavar="B", help="default: 1 16; GPU 1 16 64 256"
     )
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=21, metavar="N", help="timed rounds (21)")
+    parser.add_argument("--rounds", type=count, default=21, metavar="N", help="timed rounds (21)")
     parser.add_argument("--no-dense", action="store_true", help="leave out dense ViT-B/16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
 

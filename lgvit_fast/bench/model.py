@@ -25,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lgvit_fast.arguments import UsageError, count
 from lgvit_fast.bench.machine import machine
 from lgvit_fast.bench.published_scheme import PublishedScheme
 from lgvit_fast.bench.traces import TRACES, Trace
@@ -222,6 +223,13 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
     """Draw the speed-up of every way over eager dense timm, a panel for each batch size."""
+    figure = speedup_figure(rows, title)
+    FigureCanvasAgg(figure)
+    write_atomic(path, lambda file: figure.savefig(file, format="png"))
+
+
+def speedup_figure(rows: Sequence[Row], title: str = "") -> Figure:
+    """What `plot` draws."""
     sizes = sorted({row.batch_size for row in rows})
     figure = Figure(figsize=(7.5, 0.9 + 2.2 * len(sizes)), dpi=150, layout="constrained")
     panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False)[:, 0]
@@ -229,15 +237,17 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> 
         shown = [row for row in rows if row.batch_size == size][::-1]
         colours = ["#8a8f98" if row.way == row.like else "#1f77b4" for row in shown]
         bars = axes.barh([row.way for row in shown], [r.speedup for r in shown], color=colours)
-        axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in shown], padding=3, fontsize=8)
+        # on white and above the dashed line, which would run through a number
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        numbers = [f"{row.speedup:.2f}x" for row in shown]
+        axes.bar_label(bars, numbers, padding=3, fontsize=8, bbox=box, zorder=3)
         ratio = max(row.layer_ratio for row in shown)
-        axes.axvline(ratio, color="#d1242f", linewidth=1, linestyle="--")
+        axes.axvline(ratio, color="#d1242f", linewidth=1, linestyle="--", zorder=2)
         axes.set_title(f"batch {size}", loc="left", fontsize=9)
         axes.margins(x=0.15)
     panels[-1].set_xlabel("images/s over eager dense timm (dashed: layer ratio)")
     figure.suptitle(title, fontsize=10)
-    FigureCanvasAgg(figure)
-    write_atomic(path, lambda file: figure.savefig(file, format="png"))
+    return figure
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -246,7 +256,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model", default="vit_base_patch16_224", metavar="NAME", help="timm name (ViT-B/16)"
     )
     parser.add_argument(
-        "--batch-size", type=int, nargs="+", metavar="B", help="default: 1 8 16 32; GPU 1 16 64 256"
+        "--batch-size",
+        type=count,
+        nargs="+",
+        metavar="B",
+        help="default: 1 8 16 32; GPU 1 16 64 256",
     )
     parser.add_argument(
         "--trace",
@@ -254,8 +268,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="T|JSON",
         help=f"where images leave: recorded at threshold {', '.join(TRACES)} (0.9), or a json file",
     )
-    parser.add_argument("--images", type=int, default=64, metavar="N", help="a round (64)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="timed passes (3)")
+    parser.add_argument("--images", type=count, default=64, metavar="N", help="a round (64)")
+    parser.add_argument("--rounds", type=count, default=3, metavar="N", help="timed passes (3)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
@@ -284,15 +298,16 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     plans: list[dict[str, Any]] = []
     for batch_size in sizes:
-        count = max(args.images, batch_size)
-        images = torch.randn(count, *size, device=device, dtype=dtype)
-        policy = trace.policy(count, [spec.layer for spec in model.exits])
+        number = max(args.images, batch_size)
+        images = torch.randn(number, *size, device=device, dtype=dtype)
+        policy = trace.policy(number, [spec.layer for spec in model.exits])
         plan = None
         if args.plan:
             histogram = np.bincount(policy.exit_index, minlength=len(trace.images)).tolist()
             plan = plan_exits(model, histogram, batch_size)
         chosen = ways(model, batch_size, not args.no_compile, None if plan is None else plan.exits)
         if args.only:
+            _check_ways(args.only, chosen)
             kept = {chosen[0].name, *args.only} | ({"engine, planned exits"} if plan else set())
             kept |= {way.like for way in chosen if way.name in kept}
             chosen = [way for way in chosen if way.name in kept]
@@ -327,6 +342,15 @@ def run(args: argparse.Namespace) -> int:
             },
         )
     return 0
+
+
+def _check_ways(names: Sequence[str], chosen: Sequence[Way]) -> None:
+    known = [way.name for way in chosen]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            f"--only {', '.join(map(repr, unknown))}: expected ways out of {', '.join(known)}"
+        )
 
 
 def _checked(plan: Plan, batch_size: int, rows: Sequence[Row]) -> dict[str, Any]:

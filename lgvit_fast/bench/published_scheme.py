@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lgvit_fast.heads import ExitHead, LocalPerceptionHead
 from lgvit_fast.model import LGViT
-from lgvit_fast.policies import Policy, Replay
+from lgvit_fast.ops.exit_step import ExitStep, apply_rule
+from lgvit_fast.policies import Policy
 
 __all__ = ["PublishedScheme"]
 
@@ -31,22 +32,23 @@ class PublishedScheme:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, policy: Policy) -> Tensor:
-        """Logits `[B, K]` of images `[B, channels, height, width]` under a policy of scripted exits."""
+        """Logits `[B, K]` of images `[B, channels, height, width]` under any policy."""
         rows = [self._answer(images[i : i + 1], policy.part(i, i + 1)) for i in range(len(images))]
         return torch.cat(rows)
 
     def _answer(self, image: Tensor, policy: Policy) -> Tensor:
         model, adapter = self.model, self.model.adapter
-        scripted = int(policy.exit_index[0]) if isinstance(policy, Replay) else None
         size, start = (image.shape[2], image.shape[3]), 0
+        state = policy.start(1, image.device)
         tokens = adapter.embed(image)
         for index, (spec, head) in enumerate(zip(model.exits, model.exit_heads, strict=True)):
             grid = adapter.patch_grid(size, spec.layer)
             tokens = adapter.blocks(tokens, start, spec.layer, grid)
             logits = _published_head(cast(ExitHead, head), adapter.to_tokens(tokens), grid)
-            sure = torch.softmax(logits, dim=-1).max().item() > policy.rule(index).threshold
-            if scripted == index or (scripted is None and sure):
-                return logits
+            step = ExitStep(logits, *apply_rule(policy.rule(index), logits, state[:, :2]))
+            step = policy.decide(step, state, index)
+            if step.leave.item():
+                return step.logits
             start = spec.layer
         grid = adapter.patch_grid(size, model.num_blocks)
         return adapter.classify(adapter.blocks(tokens, start, model.num_blocks, grid))

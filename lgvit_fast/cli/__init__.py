@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from lgvit_fast._version import __version__
-from lgvit_fast.cli.options import UsageError
+from lgvit_fast.arguments import UsageError
 from lgvit_fast.text import printable
 
 __all__ = ["main"]
@@ -28,6 +29,9 @@ COMMANDS = {
     "convert": "checkpoints of the published code, Hugging Face or torchvision to models, and back",
     "info": "what is installed and compiled, which backends run here, what is missing",
 }
+
+# Arguments of functions that messages name, and that are options here.
+_AS_OPTION = re.compile(r"\b(resume|download)=True\b")
 
 _EXAMPLES = """\
 a first look, no data needed:
@@ -127,7 +131,7 @@ def _interrupted(command: str, stop: BaseException, ends: bool) -> int:
 
 
 def _complain(command: str, error: Exception, code: int) -> int:
-    message = printable(" ".join(str(error).split()))
+    message = printable(_AS_OPTION.sub(r"--\1", " ".join(str(error).split())))
     if not message or not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"lgvit-fast {command}: error: {message}", file=sys.stderr)

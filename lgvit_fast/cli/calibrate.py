@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from lgvit_fast.arguments import UsageError
 from lgvit_fast.cli.eval import add_images, open_images, show_progress
 from lgvit_fast.cli.options import (
     ON_THE_HUB,
-    UsageError,
     add_compute,
     autocast_of,
     load_model,

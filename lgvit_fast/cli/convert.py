@@ -7,22 +7,26 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lgvit_fast.cli.options import UsageError, load_model
+from lgvit_fast.arguments import UsageError, pair
+from lgvit_fast.cli.options import load_model
 
 if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
 
-ORIGINS = ("auto", "published", "huggingface", "torchvision")
+ORIGINS = ("auto", "published", "huggingface", "torchvision", "timm")
 
 _NOTES = """\
 A checkpoint of the published code (ViT, DeiT or Swin, any head type, stage 1 or 2) keeps its exits. The
-weights of a Hugging Face or torchvision classifier get exits that are still untrained. Pickled files
-are read as plain tensors: no code in them runs.
+weights of a Hugging Face, torchvision or timm classifier get exits that are still untrained. Pickled
+files are read as plain tensors: no code in them runs.
 
 examples:
   lgvit-fast convert saved_models/ViT-base/cifar100/LGViT/ model/
   lgvit-fast convert pytorch_model.bin model/ --config config.json
   lgvit-fast convert google-vit-base/ model/ --from huggingface --heads linear
+  lgvit-fast convert vit_small_patch16_224 model/ --from timm
+  lgvit-fast convert output/train/model_best.pth.tar model/
+  lgvit-fast convert weights.safetensors model/ --from timm --model vit_small_patch16_224
   lgvit-fast convert model/ for-the-published-code/ --to published
 """
 
@@ -30,7 +34,10 @@ examples:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("source", help="a .bin, .pth or .safetensors file, or a folder holding one")
+    parser.add_argument(
+        "source",
+        help="a .bin, .pth or .safetensors file, a folder holding one, or the name of a timm model",
+    )
     parser.add_argument("output", help="folder to write config.json and model.safetensors to")
     parser.add_argument(
         "--from",
@@ -53,6 +60,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="HEAD",
         help="heads of the exits of a model that has none (default: lgvit)",
     )
+    parser.add_argument(
+        "--model", metavar="NAME", help="timm's name of a state dict that does not say its own"
+    )
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        type=pair,
+        default=[],
+        metavar="KEY=VALUE",
+        help="further arguments of that timm model (img_size, patch_size, ...)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if output.resolve() in (source.resolve(), source.resolve().parent):
         raise UsageError(f"the output {args.output!r} is where the source is; name another folder")
     if args.to == "published":
-        if args.origin != "auto" or args.heads or args.config:
+        if args.origin != "auto" or args.heads or args.config or args.model or args.model_kwargs:
             raise UsageError(
-                "--to published takes a saved model and none of --from, --heads, --config"
+                "--to published takes a saved model and none of --from, --heads, --config, --model"
             )
         model = load_model(args.source, "cpu")
         export_published(model, output)
@@ -80,7 +98,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> LGViT:
-    from lgvit_fast.checkpoints import from_huggingface, from_torchvision, load_published
+    from lgvit_fast.checkpoints import (
+        from_huggingface,
+        from_timm,
+        from_torchvision,
+        is_timm,
+        load_published,
+    )
     from lgvit_fast.checkpoints.foreign import read
 
     folder = Path(args.source)
@@ -88,13 +112,18 @@ def _load(args: argparse.Namespace) -> LGViT:
         raise UsageError(
             f"{args.source!r} is a saved model already; --to published converts it back"
         )
+    options: dict[str, Any] = {"heads": args.heads} if args.heads else {}
+    if args.origin == "timm" or (args.origin == "auto" and is_timm(args.source)):
+        kwargs = dict(args.model_kwargs)
+        return from_timm(args.source, args.model, model_kwargs=kwargs, **options)
+    if args.model or args.model_kwargs:
+        raise UsageError("--model and --model-kwargs belong to --from timm")
     tensors, settings = read(args.source, args.config)
     origin = _origin(tensors) if args.origin == "auto" else args.origin
     if origin == "published":
         if args.heads:
             raise UsageError("--heads: a published checkpoint has exits of its own")
         return load_published(tensors, settings)
-    options: dict[str, Any] = {"heads": args.heads} if args.heads else {}
     if origin == "huggingface":
         return from_huggingface(tensors, settings, **options)
     return from_torchvision(tensors, **options)

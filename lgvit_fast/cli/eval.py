@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgvit_fast.arguments import UsageError, count, natural, not_negative
 from lgvit_fast.cli.options import (
     MODEL_HELP,
     ON_THE_HUB,
     POLICIES,
-    UsageError,
     add_compute,
     add_policy,
     autocast_of,
-    count,
     is_exported,
     load_exported,
     load_model,
@@ -65,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_argument_group("choice and report")
     choice.add_argument(
         "--tolerance",
-        type=float,
+        type=not_negative,
         default=1.0,
         metavar="POINTS",
         help="percentage points of accuracy that early exit may cost (default: 1)",
@@ -118,7 +117,7 @@ def add_images(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     data.add_argument("--download", action="store_true", help="let a named dataset fetch itself")
     data.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
     data.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="loader processes (default: 0)"
+        "--workers", type=natural, default=0, metavar="N", help="loader processes (default: 0)"
     )
     return data
 
@@ -190,18 +189,21 @@ def show(evaluation: Evaluation, model: LGViT) -> None:
 def write(evaluation: Evaluation, model: LGViT, folder: Path, facts: dict[str, Any]) -> None:
     """Write report.json, tradeoff.png and exits.png."""
     from lgvit_fast.checkpoints.files import save_json
+    from lgvit_fast.data.transforms import InputSpec
     from lgvit_fast.evaluation.plots import plot_exits, plot_tradeoff
 
     save_json(folder / "report.json", {**facts, **evaluation.to_dict()})
     plot_tradeoff(evaluation, folder / "tradeoff.png", "Accuracy against depth")
-    plot_exits(evaluation, model, folder / "exits.png")
+    spec = InputSpec.of(model.backbone)
+    plot_exits(evaluation, folder / "exits.png", spec, model.class_names)
 
 
 def show_progress(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """A progress bar over batches."""
+    """A progress bar over batches, if standard error is a terminal."""
     from tqdm import tqdm
 
-    bar: Iterable[Any] = tqdm(batches, total=total, desc="evaluate", unit="batch")
+    # disable=None: only on a terminal, a file would get a line for every step
+    bar: Iterable[Any] = tqdm(batches, total=total, desc="evaluate", unit="batch", disable=None)
     return bar
 
 
@@ -211,8 +213,8 @@ def _policies(args: argparse.Namespace, model: LGViT) -> tuple[Sequence[str], Po
 
     given = args.threshold is not None or args.patience is not None
     if args.policy not in ("all", "saved"):
-        policy = policy_from(args, model)
-        return (args.policy or "confidence",), policy if given else None
+        kind = args.policy or _implied(args)
+        return (kind,), policy_from(args, model, default=kind) if given else None
     if given:
         raise UsageError(f"--policy {args.policy} takes no --threshold and no --patience")
     if args.policy == "all":
@@ -220,12 +222,18 @@ def _policies(args: argparse.Namespace, model: LGViT) -> tuple[Sequence[str], Po
     return [name for name, kind in KINDS.items() if type(model.policy) is kind], model.policy
 
 
+def _implied(args: argparse.Namespace) -> str:
+    """The kind of policy that takes the numbers given."""
+    if args.patience is None:
+        return "confidence"
+    return "patience" if args.threshold is None else "patient_confident"
+
+
 def open_images(
     args: argparse.Namespace, model: LGViT
 ) -> tuple[Source, Callable[[Tensor], Tensor] | None]:
     """The images, and what brings their class numbers to the model's."""
-    import torch
-
+    from lgvit_fast.data.classes import match_classes
     from lgvit_fast.data.digits import Digits
     from lgvit_fast.data.sources import ImageSource, open_dataset
     from lgvit_fast.data.transforms import InputSpec, eval_transform
@@ -238,13 +246,5 @@ def open_images(
         dataset = open_dataset(args.data, args.dataset, args.split, args.download)
         mode = "L" if spec.channels == 1 else "RGB"
         source = ImageSource(dataset, eval_transform(spec), mode)
-    names, known = source.class_names, model.class_names
-    if not names or not known or names == known:
-        return source, None
-    strange = [name for name in names if name not in known]
-    if strange:
-        raise ValueError(
-            f"{args.data} has classes that the model does not know: {', '.join(strange[:5])}"
-        )
-    places = torch.tensor([known.index(name) for name in names])
-    return source, lambda targets: places[targets]
+    places = match_classes(source.class_names, model.class_names, args.data)
+    return source, None if places is None else lambda targets: places[targets]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lgvit_fast.cli.options import UsageError, load_model
+from lgvit_fast.arguments import UsageError
+from lgvit_fast.cli.options import load_model
 
 _NOTES = """\
 The folder gets one ONNX graph for each segment of the model (the blocks up to an exit, and the exit)

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgvit_fast.arguments import UsageError, count, numbers
+
 if TYPE_CHECKING:
     from lgvit_fast.deploy import Deployed
     from lgvit_fast.model import LGViT
@@ -17,11 +19,9 @@ __all__ = [
     "MODEL_HELP",
     "ON_THE_HUB",
     "POLICIES",
-    "UsageError",
     "add_compute",
     "add_policy",
     "autocast_of",
-    "count",
     "is_exported",
     "load_exported",
     "load_model",
@@ -35,18 +35,6 @@ ON_THE_HUB = "hf-hub:"  # before the name of a model on the Hugging Face hub, as
 MODEL_HELP = "a saved model, an exported one, or hf-hub:USER/MODEL"
 
 
-class UsageError(ValueError):
-    """Arguments that cannot be meant: exit code 2."""
-
-
-def count(text: str) -> int:
-    """An argument that is an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def add_policy(
     parser: argparse.ArgumentParser,
     choices: Sequence[str] = POLICIES,
@@ -57,38 +45,51 @@ def add_policy(
     group.add_argument("--policy", choices=choices, help=about)
     group.add_argument(
         "--threshold",
-        type=_thresholds,
+        type=numbers,
         metavar="T[,T...]",
         help="of confidence (0 to 1) or entropy (nats): one number, or one per exit",
     )
     group.add_argument(
-        "--patience", type=int, metavar="N", help="exits in a row, of the patient policies"
+        "--patience", type=count, metavar="N", help="exits in a row, of the patient policies"
     )
 
 
-def policy_from(args: argparse.Namespace, model: LGViT | Deployed) -> Policy | None:
+def policy_from(
+    args: argparse.Namespace, model: LGViT | Deployed, default: str | None = None
+) -> Policy | None:
     """The policy that the arguments name, None if they name none.
+
+    Args:
+        args: parsed arguments, with those of `add_policy`.
+        model: what the policy is for.
+        default: the policy that a threshold alone belongs to; None asks for `--policy`.
 
     Raises:
         UsageError: numbers out of range, of another policy, or for another number of exits.
     """
     from lgvit_fast.policies import KINDS
 
-    numbers = {"threshold": args.threshold, "patience": args.patience}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if args.policy is None:
-        if numbers:
-            raise UsageError(f"--{next(iter(numbers))} needs --policy")
+    given = {"threshold": args.threshold, "patience": args.patience}
+    given = {name: value for name, value in given.items() if value is not None}
+    name_of_policy = args.policy or (default if given else None)
+    if name_of_policy is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} needs --policy")
         return None
     for name, others in (
         ("threshold", ("patience",)),
         ("patience", ("confidence", "entropy")),
     ):
-        if name in numbers and args.policy in others:
-            raise UsageError(f"--policy {args.policy} takes no --{name}")
+        if name in given and name_of_policy in others:
+            raise UsageError(f"--policy {name_of_policy} takes no --{name}")
+    exits = len(model.exits)
+    if given.get("patience", 0) > exits:
+        raise UsageError(
+            f"--patience {args.patience}: the model has {exits} exits, so no image would leave early"
+        )
     try:
-        policy = KINDS[args.policy](**numbers)
-        policy.check(len(model.exits))
+        policy = KINDS[name_of_policy](**given)
+        policy.check(exits)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return policy
@@ -134,6 +135,7 @@ def load_model(folder: str, device: str | None) -> LGViT:
         )
     import torch  # after what can be said without it
 
+    from lgvit_fast.inference.untrained import warn_if_untrained
     from lgvit_fast.model import LGViT
 
     try:
@@ -142,7 +144,9 @@ def load_model(folder: str, device: str | None) -> LGViT:
         raise UsageError(f"--device {device}: {error}") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch sees no GPU")
-    return LGViT.from_pretrained(name).to(place)
+    model = LGViT.from_pretrained(name).to(place)
+    warn_if_untrained(model)
+    return model
 
 
 def is_exported(folder: str) -> bool:
@@ -166,8 +170,3 @@ def load_exported(args: argparse.Namespace) -> Deployed:
     from lgvit_fast.deploy import Deployed
 
     return Deployed(args.model)
-
-
-def _thresholds(text: str) -> float | list[float]:
-    numbers = [float(part) for part in text.split(",")]
-    return numbers[0] if len(numbers) == 1 else numbers

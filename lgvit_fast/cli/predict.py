@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lgvit_fast.arguments import UsageError, count, natural
 from lgvit_fast.cli.options import (
     MODEL_HELP,
-    UsageError,
     add_compute,
     add_policy,
     autocast_of,
-    count,
     is_exported,
     load_exported,
     load_model,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
     from lgvit_fast.outputs import Inference
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _COLUMNS = (
     "path",
     "label",
@@ -49,6 +47,8 @@ Each image gives one line, in the order given:
   class_index    the class's number
   confidence     softmax probability of that class, at the exit where the image left
   exit_layer     the transformer block after which it left, counted from 1
+  others         with --topk K: the K - 1 classes that come next, each with these three; in CSV columns
+                 label_2, class_index_2, confidence_2, ...
   milliseconds   its share of the time its batch took in the model (files are read before that)
 A file that cannot be read, or is none (a FIFO, a device), gives a line with "error"; the others are
 answered all the same, and the exit code is 1. JSON lines are ASCII; in CSV, control characters and
@@ -83,9 +83,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-map", metavar="FILE", help="class names, one a line, in their order"
     )
+    parser.add_argument(
+        "--topk", type=count, default=1, metavar="K", help="the K likeliest classes (default: 1)"
+    )
     parser.add_argument("--batch-size", type=count, default=32, metavar="N", help="default: 32")
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read files (default: 0)"
+        "--workers",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="processes that read files (default: 0)",
     )
     add_policy(parser)
     add_compute(parser)
@@ -99,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
     if policy is not None:
         model.policy = policy
     names = _class_names(args.class_map, model)
+    if args.topk > model.num_classes:
+        raise UsageError(f"--topk {args.topk}: the model has {model.num_classes} classes")
     certified = f"; {model.certificate}" if model.certificate else ""
     print(f"lgvit-fast predict: exits by {model.policy}{certified}", file=sys.stderr)
-    names = _class_names(args.class_map, model)
-    write = _writer(args.format, args.csv_safe)
+    write = _writer(args.format, args.topk, args.csv_safe)
     failed = 0
     rows: Any = _exported_rows if exported else _rows
     for row in rows(model, list(_files(args.paths)), names, args):
@@ -146,7 +154,6 @@ def _exported_rows(
 ) -> Iterator[dict[str, Any]]:
     """`_rows` where torch need not be installed."""
     import numpy as np
-    from PIL import Image
 
     for start in range(0, len(paths), args.batch_size):
         part = paths[start : start + args.batch_size]
@@ -154,7 +161,7 @@ def _exported_rows(
         for path in part:
             try:
                 images.append(model.manifest.preprocessing.read(path))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except Exception as error:  # whatever a decoder raises is a bad image
                 errors[path] = f"{type(error).__name__}: {error}"
         rows: list[dict[str, Any]] = []
         if images:
@@ -163,7 +170,8 @@ def _exported_rows(
                 model(batch[:1])  # the runtime's first run allocates; not the images' time
             began = time.perf_counter()
             result = model(batch)
-            rows = _described(result, 1000 * (time.perf_counter() - began) / len(batch), names)
+            milliseconds = 1000 * (time.perf_counter() - began) / len(batch)
+            rows = _described(result, milliseconds, names, args.topk)
         answers = iter(rows)
         for path in part:
             row = {"error": errors[path]} if path in errors else next(answers)
@@ -188,17 +196,19 @@ def _answer(
         began = time.perf_counter()
         result = model.infer(images)
         synchronize(device)
-    return _described(result, 1000 * (time.perf_counter() - began) / len(images), names)
+    milliseconds = 1000 * (time.perf_counter() - began) / len(images)
+    return _described(result, milliseconds, names, args.topk)
 
 
 def _described(
-    result: Inference | Answers, milliseconds: float, names: Sequence[str]
+    result: Inference | Answers, milliseconds: float, names: Sequence[str], topk: int
 ) -> list[dict[str, Any]]:
     """What is said of each image of a batch."""
     rows: list[dict[str, Any]] = []
-    for number, confidence, layer, nonfinite in zip(
-        result.prediction.tolist(),
-        result.confidence.tolist(),
+    likeliest = result.topk(topk)
+    for numbers, confidences, layer, nonfinite in zip(
+        likeliest.classes.tolist(),
+        likeliest.probabilities.tolist(),
         result.exit_layer.tolist(),
         result.nonfinite.tolist(),
         strict=True,
@@ -206,15 +216,17 @@ def _described(
         if nonfinite:
             rows.append({"error": "the model's logits are not finite for this image"})
             continue
-        rows.append(
+        answers: list[dict[str, Any]] = [
             {
                 "label": names[number] if names else str(number),
                 "class_index": number,
                 "confidence": round(confidence, 6),
-                "exit_layer": layer,
-                "milliseconds": round(milliseconds, 3),
             }
-        )
+            for number, confidence in zip(numbers, confidences, strict=True)
+        ]
+        best, *others = answers
+        work: dict[str, Any] = {"exit_layer": layer, "milliseconds": round(milliseconds, 3)}
+        rows.append({**best, **({"others": others} if others else {}), **work})
     return rows
 
 
@@ -235,6 +247,8 @@ class _Files:
 
 def _files(paths: list[str]) -> Iterator[str]:
     """The files that the arguments name; what does not exist stays in, to be reported."""
+    from lgvit_fast.data.suffixes import is_image
+
     for path in paths:
         if path == "-":
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
@@ -243,7 +257,7 @@ def _files(paths: list[str]) -> Iterator[str]:
                 os.path.join(folder, name)
                 for folder, _, names in os.walk(path)
                 for name in names
-                if name.lower().endswith(_SUFFIXES)
+                if is_image(name)
             )
             if not found:
                 raise FileNotFoundError(f"no images in the folder {path!r}")
@@ -262,15 +276,25 @@ def _class_names(path: str | None, model: LGViT | Deployed) -> list[str]:
     return names
 
 
-def _writer(form: str, no_formula: bool) -> Any:
+def _writer(form: str, topk: int, no_formula: bool) -> Any:
     """A function that prints a row."""
     if form == "jsonl":
         return lambda row: print(json_line(row), flush=True)
-    writer = csv.DictWriter(sys.stdout, _COLUMNS, lineterminator="\n")
+    more = [f"{name}_{place}" for place in range(2, topk + 1) for name in _COLUMNS[1:4]]
+    writer = csv.DictWriter(sys.stdout, [*_COLUMNS, *more], lineterminator="\n")
     writer.writeheader()
 
     def write(row: dict[str, Any]) -> None:
+        row = _flat(row)
         texts = {key: csv_field(v, no_formula) for key, v in row.items() if isinstance(v, str)}
         writer.writerow({**row, **texts})
 
     return write
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the further classes in columns of their own."""
+    flat = {name: value for name, value in row.items() if name != "others"}
+    for place, other in enumerate(row.get("others", ()), start=2):
+        flat.update({f"{name}_{place}": value for name, value in other.items()})
+    return flat

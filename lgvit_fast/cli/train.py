@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import types
 import typing
 from typing import Any
 
-from lgvit_fast.cli.options import UsageError
+from lgvit_fast.arguments import UsageError, pair
 from lgvit_fast.training import Stage1Config, Stage2Config, TrainConfig, TrainResult
 from lgvit_fast.training.config import StageConfig
 
@@ -24,14 +23,25 @@ examples:
   lgvit-fast train --data photos/ --model vit_small_patch16_224 --pretrained --output run
   lgvit-fast train --data cifar10/train.tar --val-data cifar10/test.tar --model vit_tiny_patch16_224 \\
       --model-kwargs img_size=32 patch_size=4 --stage1.epochs 20 --stage2.epochs 5 --output run
+  lgvit-fast train --init run/stage2/best --data more-photos/ --output more       (go on from a model)
   lgvit-fast train --dataset torch/cifar100 --data ~/data --download --num-classes 100 --output run
   lgvit-fast train --config run/config.json --resume                  (after an interruption)
   lgvit-fast train --stage 2 --stage1-from run/stage1/best --data photos/ --output again
 """
 
+# What the text of an option is, where it is no name.
+_WHAT = {
+    "output": "FOLDER",
+    "stage1_from": "PATH",
+    "init": "SOURCE",
+    "data": "PATH",
+    "val_data": "PATH",
+    "device": "DEVICE",
+}
+
 _GROUPS = {
     "output": "run",
-    "model": "model",
+    "init": "model",
     "data": "images",
     "augment": "augmentation",
     "device": "machine and logs",
@@ -63,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     try:
         result = train(config)
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(_as_options(str(error))) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "the same command with --resume goes on from the last checkpoint"
@@ -87,9 +100,25 @@ def _show(result: TrainResult, config: TrainConfig) -> None:
     if skipped:
         print(f"left out unreadable images {skipped} times")
     best = list(result.stages.values())[-1].best
-    data = config.val_data or config.data
-    named = f" --dataset {config.dataset}" if config.dataset else ""
-    print(f"\nThe model is in {best}. Next:\n  lgvit-fast eval {best} --data {data}{named}")
+    print(f"\nThe model is in {best}. Next:\n  lgvit-fast eval {best} {_to_evaluate(config)}")
+
+
+def _to_evaluate(config: TrainConfig) -> str:
+    """Options of `eval` for images that were not trained on."""
+    from lgvit_fast.training.datasets import validation_folder
+
+    if config.val_data is not None:
+        return f"--data {config.val_data}"
+    if config.dataset:
+        return f"--data {config.data} --dataset {config.dataset} --split {config.val_split}"
+    folder = validation_folder(config)
+    if folder is not None:
+        return f"--data {folder}"
+    if config.data == "digits":
+        return "--data digits"
+    return (
+        "--data FOLDER\nwith a folder of other images: those of the training folder were trained on"
+    )
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
@@ -111,7 +140,20 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     try:
         return TrainConfig.from_dict(values)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_as_options(str(error))) from error
+
+
+def _as_options(message: str) -> str:
+    """A message with the names of config fields written as the options that they are here.
+
+    Fields of one word are common words, too: of these only `name=True` and a leading `name is` change.
+    """
+    for field in dataclasses.fields(TrainConfig):
+        option = "--" + field.name.replace("_", "-")
+        message = re.sub(rf"\b{field.name}=True\b", option, message)
+        found = rf"\b{field.name}\b" if "_" in field.name else rf"^{field.name}(?= is )"
+        message = re.sub(found, option, message)
+    return message
 
 
 def _add(group: Any, of: type[TrainConfig | StageConfig], field: Any, prefix: str) -> None:
@@ -126,7 +168,7 @@ def _add(group: Any, of: type[TrainConfig | StageConfig], field: Any, prefix: st
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif field.name == "model_kwargs":
-        options.update(nargs="+", type=_pair, metavar="KEY=VALUE")
+        options.update(nargs="+", type=pair, metavar="KEY=VALUE")
     elif field.name == "exits":
         options.update(type=_exits, metavar="N[,N...]")
     elif typing.get_origin(kind) is tuple:
@@ -135,8 +177,10 @@ def _add(group: Any, of: type[TrainConfig | StageConfig], field: Any, prefix: st
         options.update(nargs="+", type=str, metavar="HEAD")
     elif typing.get_origin(kind) is typing.Literal:
         options["choices"] = typing.get_args(kind)
+    elif allowed[0] is str:
+        options.update(type=str, metavar=_WHAT.get(field.name, "NAME"))
     else:
-        options.update(type=allowed[0], metavar=allowed[0].__name__.upper())
+        options.update(type=allowed[0], metavar="N" if allowed[0] is int else "X")
     group.add_argument(f"--{prefix}{field.name.replace('_', '-')}", **options)
 
 
@@ -162,18 +206,12 @@ def _help(of: type, field: Any) -> str:
     return text.replace("%", "%%")
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    """KEY=VALUE; the value as json, or else as the text that it is."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
 def _exits(text: str) -> int | list[int]:
     """How many exits, or their blocks."""
-    numbers = [int(part) for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a count nor blocks with commas between them"
+        ) from None
     return numbers[0] if len(numbers) == 1 else numbers

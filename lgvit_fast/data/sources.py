@@ -15,8 +15,17 @@ from torch import Tensor
 from lgvit_fast.data.batches import BadImage, Batch, Key
 from lgvit_fast.data.images import check_file, open_image, upright
 from lgvit_fast.data.seeds import seeded
+from lgvit_fast.data.suffixes import timm_reads_all
 
 __all__ = ["ImageSource", "class_names", "open_dataset"]
+
+# Names of sub-folders that are parts of a data set; timm takes those in a row for the same.
+_SPLITS = (
+    ("train", "training"),
+    ("val", "valid", "validation", "eval", "evaluation"),
+    ("test",),
+    ("testing",),
+)
 
 
 class ImageSource:
@@ -91,7 +100,8 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
     Raises:
         FileNotFoundError: if the folder, tar or named dataset is not there.
         ImportError: if `hfds/` is asked for and the `datasets` package is not installed.
-        ValueError: if there are no images, or the dataset can only be streamed.
+        ValueError: if there are no images, the folder holds splits but not this one, or the dataset
+            can only be streamed.
     """
     if not dataset:
         path = Path(data)
@@ -99,10 +109,12 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
             raise FileNotFoundError(f"data is {data!r}, which does not exist")
         if path.is_file() and path.suffix != ".tar":
             raise ValueError(f"data is the file {data!r}, expected a folder or a .tar")
+        _refuse_other_splits(path, split)
     elif dataset.partition("/")[0].lower() in ("hfids", "tfds", "wds"):
         raise ValueError(f"dataset is {dataset!r}, a stream; its order cannot be resumed exactly")
     try:
-        opened = timm.data.create_dataset(dataset, root=data, split=split, download=download)
+        with timm_reads_all():
+            opened = timm.data.create_dataset(dataset, root=data, split=split, download=download)
     except ImportError as error:
         raise ImportError(f"{dataset!r} needs a package that is not installed: {error}") from error
     except (RuntimeError, AssertionError, OSError) as error:
@@ -117,6 +129,23 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
     if len(opened) == 0:
         raise ValueError(f"no images in {data!r}")
     return opened
+
+
+def _refuse_other_splits(folder: Path, split: str) -> None:
+    """Refuse a folder that is all splits, none of them the one asked for: they would be mixed.
+
+    A folder with any other sub-folder is one of classes, whatever these are called.
+    """
+    if not folder.is_dir():
+        return
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    asked = next((names for names in _SPLITS if split in names), (split,))
+    known = {name for names in _SPLITS for name in names}
+    if found and known.issuperset(found) and not set(asked).intersection(found):
+        raise ValueError(
+            f"{str(folder)!r} holds {' and '.join(f'{name}/' for name in found)}, and none of these is"
+            f" the split {split!r}: name one as the split, or the folder itself as data"
+        )
 
 
 def class_names(dataset: Any) -> list[str]:

@@ -68,6 +68,20 @@ class Answers:
         self.confidence[rows] = output.confidence
         self.nonfinite[rows] |= ~output.valid
 
+    def topk(self, k: int = 5) -> TopK:
+        """The k likeliest classes of each image; at most K are given."""
+        classes = np.argsort(-self.logits, axis=-1, kind="stable")[:, :k]
+        with np.errstate(invalid="ignore"):  # an image whose logits are not numbers is flagged
+            probabilities = np.exp(log_softmax(self.logits))
+        return TopK(np.take_along_axis(probabilities, classes, axis=-1), classes)
+
+
+class TopK(NamedTuple):
+    """The k likeliest classes of each image: `lgvit_fast.outputs.TopK` in NumPy."""
+
+    probabilities: NDArray[np.float32]  # [B, k], descending
+    classes: NDArray[np.int64]  # [B, k]
+
 
 class DeployedExit(NamedTuple):
     """Where an exit sits and what is there."""

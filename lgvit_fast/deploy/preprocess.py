@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lgvit_fast.data.images import open_image, upright
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
@@ -42,23 +44,23 @@ class Preprocessing:
         """An image file as an input `[channels, H, W]`.
 
         Raises:
-            OSError: no such file, or not a whole image.
+            Exception: as `lgvit_fast.data.images.open_image`, for what is no readable image.
             ValueError: the model wants neither 1 nor 3 channels.
         """
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return self(image)
+        return self(open_image(path, self._mode))
 
     def __call__(self, image: Image) -> NDArray[np.float32]:
         """A Pillow image as an input `[channels, H, W]`."""
         if self.channels not in (1, 3):
             raise ValueError(f"the model wants {self.channels} channels, image files have 1 or 3")
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        image = _centre_crop(self._resize(image), self.size)
+        image = _centre_crop(self._resize(upright(image, self._mode)), self.size)
         pixels = np.asarray(image, np.float32).reshape(*self.size, self.channels) / np.float32(255)
         normed = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(normed.transpose(2, 0, 1))
+
+    @property
+    def _mode(self) -> str:
+        return "L" if self.channels == 1 else "RGB"
 
     def _resize(self, image: Image) -> Image:
         """The shorter side to the crop's size / `crop_pct`, the shape kept."""

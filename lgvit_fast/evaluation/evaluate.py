@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lgvit_fast.bench.machine import machine
 from lgvit_fast.data.batches import Batch, Batches, Loader, Source
+from lgvit_fast.evaluation.examples import Examples, pick_examples
 from lgvit_fast.evaluation.recording import Recording, record
 from lgvit_fast.evaluation.timing import Timing, compare
 from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, sweep
@@ -35,6 +36,7 @@ class Evaluation:
         tolerance: percentage points of accuracy.
         timings: one per batch size asked for.
         sample: some images at random with their classes, those that were timed.
+        examples: some images of each exit at which `chosen` lets any leave.
     """
 
     recording: Recording
@@ -45,6 +47,7 @@ class Evaluation:
     tolerance: float
     timings: list[Timing]
     sample: Batch
+    examples: Examples
 
     def to_dict(self) -> dict[str, Any]:
         """As json types, with the machine that made the numbers."""
@@ -111,18 +114,25 @@ def evaluate(
     if relabel is not None:
         batches = (batch._replace(targets=relabel(batch.targets)) for batch in batches)
     recording = record(model, batches, autocast)
-    tried = [c for kind in kinds for c in candidates(kind, len(model.exits), model.num_classes)]
-    if policy is not None and policy not in tried:
-        tried.append(policy)
+    selection, rows = recording, torch.arange(len(recording))
     selection_images = 0
     if policy is None:
         if len(recording) < 2:
             raise ValueError(
                 "one image, expected at least 2: one to choose on and one to report on"
             )
+        rows = recording.halves(seed)[1]
         selection, recording = recording.split(seed)
         selection_images = len(selection)
+    tried = [
+        candidate
+        for kind in kinds
+        for candidate in candidates(kind, len(model.exits), model.num_classes, selection)
+    ]
+    if policy is None:
         policy = _chosen(selection, tried, tolerance)
+    elif policy not in tried:
+        tried.append(policy)
     points = sweep(recording, tried)
     chosen = next(point for point in points if point.policy == policy)
     within = choose([chosen], recording.final_accuracy, tolerance) is not None
@@ -144,7 +154,15 @@ def evaluate(
         if len(sample.targets)
     ]
     return Evaluation(
-        recording, selection_images, points, chosen, within, tolerance, timings, sample
+        recording,
+        selection_images,
+        points,
+        chosen,
+        within,
+        tolerance,
+        timings,
+        sample,
+        pick_examples(recording, chosen.policy, source, rows),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import cycle
 
 import torch
@@ -15,21 +16,28 @@ from lgvit_fast.checkpoints.files import write_atomic
 from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.evaluation.evaluate import Evaluation
 from lgvit_fast.evaluation.tradeoff import curves
-from lgvit_fast.model import LGViT
 
-__all__ = ["denormalise", "plot_exits", "plot_tradeoff"]
+__all__ = ["denormalise", "exits_figure", "plot_exits", "plot_tradeoff", "tradeoff_figure"]
 
 _COLOURS = ("#1f77b4", "#e07b00", "#2a9d4a", "#8e5bbf", "#b5477d")
 _GREY, _RED, _INK = "#8a8f98", "#d1242f", "#24292f"
 
 
 def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw accuracy against layer ratio: the swept policies, the chosen one, and fixed exits.
+    """Write `tradeoff_figure` as a PNG.
 
     Args:
         evaluation: what to draw.
         path: of the PNG.
         title: above the picture.
+    """
+    _save(tradeoff_figure(evaluation, title), path)
+
+
+def tradeoff_figure(evaluation: Evaluation, title: str = "") -> Figure:
+    """Accuracy against layer ratio: the swept policies, the chosen one, and fixed exits.
+
+    Curves of which no point lies in the picture are left out, of the legend too.
     """
     recording, chosen = evaluation.recording, evaluation.chosen
     height = 100 * (chosen.accuracy or 0.0)
@@ -55,6 +63,9 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
     ):
         curve = [(point.layer_ratio, 100 * (point.accuracy or 0.0)) for point in points]
         drawn.append((f"each image at its own exit: {name}", colour, curve))
+    # so far below the final classifier nobody would go; closer up one would see noise
+    low = max(min(final, height) - 12, 0)
+    drawn = [entry for entry in drawn if any(accuracy >= low for _, accuracy in entry[2])]
     for label, colour, curve in drawn:
         axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=4, label=label)
     axes.errorbar(
@@ -70,8 +81,6 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
         label=_chosen_label(evaluation),
         zorder=5,
     )
-    # so far below the final classifier nobody would go; closer up one would see noise
-    low = max(min(final, height) - 12, 0)
     seen = [place for _, _, curve in drawn for place in curve if place[1] >= low]
     axes.set_xlim(0.9, 1.06 * max(chosen.layer_ratio, *(ratio for ratio, _ in seen)))
     heights = [final - 2, *(accuracy for _, accuracy in seen)]
@@ -86,27 +95,35 @@ def plot_tradeoff(evaluation: Evaluation, path: str | os.PathLike[str], title: s
     axes.set_axisbelow(True)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=_INK)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9)
-    _save(figure, path)
+    return figure
 
 
 def plot_exits(
-    evaluation: Evaluation, model: LGViT, path: str | os.PathLike[str], columns: int = 12
+    evaluation: Evaluation,
+    path: str | os.PathLike[str],
+    spec: InputSpec,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Draw sample images in one row per exit, the wrongly answered ones framed in red.
+    """Write `exits_figure` as a PNG.
 
     Args:
-        evaluation: its sample is shown under its chosen policy.
-        model: the model, which is asked where each sample leaves.
+        evaluation: what to draw.
         path: of the PNG.
-        columns: images a row at most.
+        spec: how its images were normalised.
+        class_names: of the model's classes, in their order; None shows their numbers.
     """
-    sample, recording, chosen = evaluation.sample, evaluation.recording, evaluation.chosen
-    device = next(model.parameters()).device
-    answer = model.infer(sample.images.to(device), chosen.policy)
-    exits, predictions = answer.exit_index.cpu(), answer.prediction.cpu()
-    pictures = denormalise(sample.images, InputSpec.of(model.backbone))
-    rows = [row for row, share in enumerate(chosen.shares) if share > 0]
-    names = model.class_names or [str(number) for number in range(model.num_classes)]
+    _save(exits_figure(evaluation, spec, class_names), path)
+
+
+def exits_figure(
+    evaluation: Evaluation, spec: InputSpec, class_names: Sequence[str] | None = None
+) -> Figure:
+    """Images in one row per exit under the chosen policy, the wrongly answered ones framed in red."""
+    examples, recording, chosen = evaluation.examples, evaluation.recording, evaluation.chosen
+    pictures = denormalise(examples.images, spec)
+    counts = torch.bincount(examples.exit_index, minlength=len(chosen.shares)).tolist()
+    rows = [row for row, count in enumerate(counts) if count]
+    columns = max(12, *counts)
 
     height = 0.45 + 0.66 * len(rows)
     figure = Figure(figsize=(8.4, height), dpi=120)
@@ -125,7 +142,6 @@ def plot_exits(
         fontsize=8,
         color=_RED,
     )
-    right = predictions == sample.targets
     for place, row in enumerate(rows):
         box = grid[place, 0].get_position(figure)
         middle = (box.y0 + box.y1) / 2
@@ -135,14 +151,13 @@ def plot_exits(
         share, accuracy = chosen.shares[row], chosen.exit_accuracy[row] or 0.0
         summary = f"{100 * share:.1f} % leave, {100 * accuracy:.1f} % right"
         figure.text(0.01, middle - 0.03 / height, summary, va="top", fontsize=8, color=_GREY)
-        here = (exits == row).nonzero().flatten().tolist()
-        # a wrong answer is rare and tells more: show up to two of them
-        wrong = [index for index in here if not right[index]][:2]
-        shown = [index for index in here if right[index]][: columns - len(wrong)] + wrong
-        for column, index in enumerate(shown):
-            answered = None if right[index] else names[int(predictions[index])]
-            _draw(figure.add_subplot(grid[place, column]), pictures[index], answered)
-    _save(figure, path)
+        for column, index in enumerate((examples.exit_index == row).nonzero().flatten().tolist()):
+            wrong = None
+            if not examples.right[index]:
+                number = int(examples.prediction[index])
+                wrong = class_names[number] if class_names else str(number)
+            _draw(figure.add_subplot(grid[place, column]), pictures[index], wrong)
+    return figure
 
 
 def denormalise(images: Tensor, spec: InputSpec) -> Tensor:

@@ -111,9 +111,14 @@ class Recording:
 
     def split(self, seed: int) -> tuple[Recording, Recording]:
         """Two halves at random: one to choose on, one to report on. The first is the smaller one."""
+        first, second = self.halves(seed)
+        return self._part(first), self._part(second)
+
+    def halves(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Which images `split` puts where: the places here of either half's, increasing."""
         order = torch.randperm(len(self), generator=generator(seed, "halves"))
         half = len(self) // 2
-        return self._part(order[:half].sort().values), self._part(order[half:].sort().values)
+        return order[:half].sort().values, order[half:].sort().values
 
     def _part(self, images: Tensor) -> Recording:
         targets = None if self.targets is None else self.targets[images]

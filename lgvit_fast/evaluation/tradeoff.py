@@ -173,17 +173,24 @@ def sweep(recording: Recording, policies: Iterable[Policy]) -> list[Point]:
     return sorted(points, key=lambda point: point.layer_ratio)
 
 
-def candidates(kind: str, num_exits: int, num_classes: int) -> list[Policy]:
+def candidates(
+    kind: str, num_exits: int, num_classes: int, recording: Recording | None = None
+) -> list[Policy]:
     """The policies of one kind that are worth a try, from cautious to bold.
 
     Args:
         kind: a key of `KINDS`.
         num_exits: E; nobody can be more patient than that.
         num_classes: K; an entropy cannot exceed log K nats.
+        recording: thresholds between what its exits say are tried, too: a model's confidences may all
+            lie between two of the fixed ones.
     """
-    entropies = [t for t in _ENTROPIES if t < math.log(num_classes)] or [_ENTROPIES[0]]
+    seen = [] if recording is None else _quantiles(kind, recording.logits[:-1])
+    entropies = sorted({*(t for t in _ENTROPIES if t < math.log(num_classes)), *seen})
+    entropies = entropies or [_ENTROPIES[0]]
     if kind == "confidence":
-        return [Confidence(t) for t in reversed(_CONFIDENCES) if t * num_classes > 1]
+        confidences = {*(t for t in _CONFIDENCES if t * num_classes > 1), *seen}
+        return [Confidence(t) for t in sorted(confidences, reverse=True)]
     if kind == "entropy":
         return [Entropy(t) for t in entropies]
     if kind == "patience":
@@ -192,6 +199,20 @@ def candidates(kind: str, num_exits: int, num_classes: int) -> list[Policy]:
         counts = [c for c in (3, 2) if c <= num_exits] or [1]
         return [PatientConfident(t, c) for c in counts for t in entropies]
     raise ValueError(f"kind={kind!r}, expected one of {', '.join(KINDS)}")
+
+
+def _quantiles(kind: str, logits: Tensor, count: int = 19) -> list[float]:
+    """Thresholds that a twentieth, two twentieths, ... of the exits' answers `[E, n, K]` pass."""
+    logs = torch.log_softmax(logits.float(), dim=-1)
+    scores = logs.amax(-1).exp() if kind == "confidence" else -(logs.exp() * logs).nansum(-1)
+    scores = scores[scores.isfinite()].sort().values
+    if not len(scores):
+        return []
+    places = torch.linspace(0, len(scores) - 1, count + 2)[1:-1].long()
+    found = scores[places].double().clamp(min=0).tolist()
+    if kind == "confidence":  # four digits of how far from certain
+        return [1 - float(f"{1 - min(score, 1.0):.4g}") for score in found]
+    return [float(f"{score:.4g}") for score in found]
 
 
 def curves(points: Iterable[Point]) -> dict[str, list[Point]]:

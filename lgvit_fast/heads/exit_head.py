@@ -88,6 +88,11 @@ class ExitHead(nn.Module):
         new = _classifiers(len(self.classifiers), old.in_features, num_classes)
         self.classifiers = new.to(old.weight.device, old.weight.dtype)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the classifiers were ever trained: biases start at zero and do not stay there."""
+        return any(bool(linear.bias.any()) for linear in self._linears)
+
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Training form: tokens `[B, P + N, C]` to logits `[B, K]` and the feature `[B, n, C]`."""
         prefix = self.num_prefix_tokens

@@ -7,7 +7,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lgvit_fast.inference.graphs import (
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.inference.turns import add_lock, take_turn
+from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.outputs import Inference
@@ -103,6 +104,7 @@ class Engine:
         self._watch: Watch | None = None
         self._folded: tuple[object, ...] = ()
         self._dtype: torch.dtype | None = None
+        self._asked = False  # whether a batch was answered
         self.reset_report()
 
     def __call__(self, images: Tensor, policy: Policy | None = None) -> Inference:
@@ -110,14 +112,18 @@ class Engine:
 
         Args:
             images: `[B, channels, height, width]` on the model's device; any B.
-            policy: None takes `model.policy`.
+            policy: None takes `model.policy`. Thresholds given one by one are either one for each of
+                the model's exits, or one for each exit that this engine asks.
 
         Raises:
             RuntimeError: the model is in train mode; or graphs were asked for and cannot be captured;
                 or this thread is in a call of the engine already.
             ValueError: as `LGViT.infer`.
         """
-        policy = self.model.admit(images, policy)
+        policy = self.model.admit(images, policy and self.for_all_exits(policy))
+        if not self._asked:
+            warn_if_untrained(self.model, policy)
+            self._asked = True
         with (
             take_turn(self, "the engine"),
             torch.cuda.device_of(images),
@@ -130,6 +136,23 @@ class Engine:
                 for start in range(0, max(1, len(images)), self.max_batch)
             ]
         return parts[0] if len(parts) == 1 else Inference.cat(parts)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine cannot be copied or pickled: it holds locks, graphs and prepared weights;"
+            " copy or pickle the model, and make an Engine of that"
+        )
+
+    def for_all_exits(self, policy: Policy) -> Policy:
+        """A policy with thresholds for the exits asked, with thresholds for all exits of the model.
+
+        Any other policy is given back as it is; see `Policy.for_all_exits`.
+        """
+        layers = [spec.layer for spec in self.model.exits]
+        places = [layers.index(layer) for layer in self.exits]
+        if not isinstance(policy, Policy):
+            return policy  # for `LGViT.fitting` to refuse
+        return policy.for_all_exits(places, len(layers))
 
     @property
     def segments(self) -> tuple[Segment, ...]:

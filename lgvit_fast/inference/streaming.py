@@ -29,6 +29,7 @@ from lgvit_fast.inference.reader import (
 )
 from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.inference.turns import add_lock, take_turn
+from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
@@ -422,7 +423,11 @@ def stream(
     if isinstance(max_pending, bool) or not isinstance(max_pending, int) or max_pending < 1:
         raise ValueError(f"max_pending={max_pending!r}, expected an integer of at least 1")
     engine = model if isinstance(model, Engine) else Engine(model, max_batch=batch_size)
-    chosen = engine.model.policy if policy is None else engine.model.fitting(policy)
+    if policy is None:
+        chosen = engine.model.policy
+    else:
+        chosen = engine.model.fitting(engine.for_all_exits(policy))
+    warn_if_untrained(engine.model, chosen)
     return Stream(engine, loader, batch_size, order, chosen, max_wait, max_pending)
 
 

@@ -132,10 +132,16 @@ class TrainConfig:
         output: folder of the run: `stage1/` and `stage2/` with checkpoint, best model and logs.
         stage: `1`, `2`, or `both` in turn.
         stage1_from: where stage 2 alone takes its model: a saved model folder, or a stage 1
-            checkpoint. None: `output/stage1/best`.
+            checkpoint. None: the model of `init`, or else `output/stage1/best`.
         resume: continue an interrupted run in `output` exactly; False refuses a folder in use.
         seed: of everything random. Same seed, machine and config: same losses.
 
+        init: begin with this model instead of a new one: a saved model's folder or `hf-hub:user/model`,
+            whose exits, class names and policy it keeps; or timm's name of pretrained weights, a folder
+            or a checkpoint of timm, which gets `exits` and `heads` (`model` names the architecture of
+            a file that does not).
+        new_classes: give the model of `init` new classifiers for the classes of the images, where its
+            own are others.
         model: timm name of the backbone.
         model_kwargs: further arguments of the timm model (`img_size`, `depth`, `in_chans`, ...).
         pretrained: start from timm's pretrained weights.
@@ -184,6 +190,8 @@ class TrainConfig:
     resume: bool = False
     seed: int = 0
 
+    init: str | None = None
+    new_classes: bool = False
     model: str = "vit_base_patch16_224"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
@@ -239,6 +247,8 @@ class TrainConfig:
         _require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         _require(self.save_every >= 0, "save_every", self.save_every, "at least 0")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "in (0, 1)")
+        if self.new_classes and self.init is None:
+            raise ValueError("new_classes is set, but there is no model in init to change")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(
                 f"batch_size is {self.batch_size}, expected an even one for Mixup or CutMix"

@@ -16,7 +16,7 @@ from lgvit_fast.data.sources import ImageSource, class_names, open_dataset
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.training.config import TrainConfig
 
-__all__ = ["Data", "train_transform"]
+__all__ = ["Data", "train_transform", "validation_folder"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def _open_validation(config: TrainConfig) -> Any:
         return open_dataset(config.val_data, "", config.val_split)
     if config.dataset:
         return open_dataset(config.data, config.dataset, config.val_split, config.download)
-    names = {config.val_split, "val", "valid", "validation", "eval"}
-    if any((Path(config.data) / name).is_dir() for name in names):
-        return open_dataset(config.data, "", config.val_split)
-    return None
+    folder = validation_folder(config)
+    return None if folder is None else open_dataset(config.data, "", folder.name)
+
+
+def validation_folder(config: TrainConfig) -> Path | None:
+    """The sub-folder of `data` with the validation images, or None if there is none."""
+    names = (config.val_split, "val", "valid", "validation", "eval", "evaluation")
+    folders = [Path(config.data) / name for name in names]
+    return next((folder for folder in folders if folder.is_dir()), None)

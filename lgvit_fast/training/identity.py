@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lgvit_fast import policies
 from lgvit_fast.checkpoints.files import load_json, load_strictly, load_weights
 from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.checkpoints.header import read_header
@@ -29,13 +30,16 @@ def describe(config: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> dic
     if facts["backbone"] is not None:
         arguments = facts["backbone"]["args"].items()
         kept = {key: value for key, value in arguments if "drop" not in key}
-        facts["backbone"] = {**facts["backbone"], "args": kept}
+        made = {key: value for key, value in facts["backbone"].items() if key != "data"}
+        facts["backbone"] = {**made, "args": kept}
     facts["weights"] = {name: list(shape) for name, shape in file_names(shapes).items()}
     return facts
 
 
 def load_stage1(path: str | Path, model: LGViT) -> None:
-    """Give `model` the weights of a stage 1 run: a saved model folder, or its training checkpoint.
+    """Make `model` what a stage 1 run made: a saved model folder, or its training checkpoint.
+
+    Class names and policy are taken, too, where the source has them.
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -49,6 +53,7 @@ def load_stage1(path: str | Path, model: LGViT) -> None:
         )
     if path.is_dir():
         load_model(path, model)
+        _adopt(load_json(path / "config.json"), model)
         return
     checkpoint = Checkpoint.load(path)
     if checkpoint.facts.get("stage") != "stage1":
@@ -59,6 +64,7 @@ def load_stage1(path: str | Path, model: LGViT) -> None:
         require_same(path, checkpoint.facts["model"], describe_model(model))
         weights = checkpoint.state["ema"] or checkpoint.state["model"]
         load_strictly(model, weights, str(path))
+        _adopt(checkpoint.state, model)
 
 
 def load_model(folder: str | Path, model: LGViT) -> None:
@@ -75,6 +81,14 @@ def load_model(folder: str | Path, model: LGViT) -> None:
         saved = describe(config, read_header(path).shapes)
         require_same(folder, saved, describe_model(model))
     load_strictly(model, load_weights(path), str(path))
+
+
+def _adopt(saved: Mapping[str, Any], model: LGViT) -> None:
+    """Take class names and policy, where they were saved."""
+    if saved.get("class_names"):
+        model.class_names = saved["class_names"]
+    if saved.get("policy"):
+        model.policy = policies.from_dict(saved["policy"])
 
 
 def describe_model(model: LGViT) -> dict[str, Any]:

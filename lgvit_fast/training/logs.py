@@ -29,7 +29,8 @@ class RunLog:
         total: updates of the whole stage.
         update: updates already done.
         tensorboard: write TensorBoard logs too, if it is installed.
-        progress: show a bar with loss, images per second and time left.
+        progress: show a bar with loss, images per second and time left, if standard error is a
+            terminal, and a line for each validation.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class RunLog:
                 logger.info("no TensorBoard logs: the tensorboard package is not installed")
             else:
                 self._writer = SummaryWriter(folder / "tensorboard", purge_step=update)
+        self._name, self._progress = name, progress
         self._bar = tqdm(
             total=total,
             initial=update,
             desc=name,
             unit="update",
-            disable=not progress,
+            # None: only on a terminal, a file would get a line for every update
+            disable=None if progress else True,
             dynamic_ncols=True,
             smoothing=0.05,
         )
@@ -75,8 +78,8 @@ class RunLog:
         self._write("validation", update, values, {})
         exits = " ".join(f"{accuracy:.3f}" for accuracy in values["exit_accuracy"])
         line = f"epoch {values['epoch']}: final {values['final_accuracy']:.4f}, exits {exits}"
-        if not self._bar.disable:
-            self._bar.write(f"{self._bar.desc} {line}", file=sys.stderr)
+        if self._progress:
+            tqdm.write(f"{self._name} {line}", file=sys.stderr)
         self.restart_clock()
 
     def restart_clock(self) -> None:

@@ -16,7 +16,8 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
-from lgvit_fast.checkpoints.files import load_strictly, remove_leftovers
+from lgvit_fast import policies
+from lgvit_fast.checkpoints.files import load_strictly, remove_leftovers, shortened
 from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Loader, Source
 from lgvit_fast.data.seeds import seed_all
@@ -38,9 +39,9 @@ _FILES = (CHECKPOINT, "config.json", "metrics.jsonl", "model.safetensors", "READ
 
 # config fields that may change when a run goes on: they alter where and how fast, not what
 _FREE = {
-    "output", "stage", "stage1_from", "resume", "data", "val_data", "download", "val_batch_size",
-    "workers", "skip_bad_images", "device", "log_every", "save_every", "tensorboard", "progress",
-    "stage1", "stage2",
+    "output", "stage", "stage1_from", "init", "new_classes", "resume", "data", "val_data",
+    "download", "val_batch_size", "workers", "skip_bad_images", "device", "log_every", "save_every",
+    "tensorboard", "progress", "stage1", "stage2",
 }  # fmt: skip
 
 
@@ -393,6 +394,8 @@ class _StageRun:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "progress": vars(self.progress),
+            "class_names": self.model.class_names,
+            "policy": policies.to_dict(self.model.policy),
         }
         Checkpoint(state, self.facts()).save(self.path)
 
@@ -414,6 +417,12 @@ class _StageRun:
         if found:
             raise ValueError(f"cannot resume {self.path}, it differs in " + "; ".join(found))
         state = checkpoint.state
+        names = state.get("class_names")  # older checkpoints have none
+        if names and names != self.model.class_names:
+            raise ValueError(
+                f"cannot resume {self.path}, its classes are {shortened(names)}, now they are"
+                f" {shortened(self.model.class_names or ['without names'])}"
+            )
         with malformed(self.path):
             load_strictly(self.model, state["model"], str(self.path))
             self.optimizer.load_state_dict(state["optimizer"])

@@ -12,16 +12,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from lgvit_fast.checkpoints.files import shortened
+from lgvit_fast.data.batches import Source
+from lgvit_fast.data.classes import Relabelled, match_classes
 from lgvit_fast.data.seeds import seed_all
 from lgvit_fast.data.transforms import InputSpec
-from lgvit_fast.model import LGViT, create_model
+from lgvit_fast.model import LGViT
 from lgvit_fast.training.config import TrainConfig
 from lgvit_fast.training.datasets import Data
 from lgvit_fast.training.identity import load_model, load_stage1
 from lgvit_fast.training.lock import locked
 from lgvit_fast.training.loop import BEST, CHECKPOINT, StageResult, train_stage
 from lgvit_fast.training.process import Process
-from lgvit_fast.training.recipes import RECIPES
+from lgvit_fast.training.start import starting_model
 
 __all__ = ["TrainResult", "train"]
 
@@ -48,7 +51,8 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
 
     Args:
         config: the whole run.
-        model: train this one, rather than the one that `config` names.
+        model: train this one, rather than the one that `config` names. With `stage="2"` it is taken
+            as it is, unless `config.stage1_from` names another's weights.
 
     Returns:
         The best model and how good it is.
@@ -57,7 +61,8 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
         FileExistsError: if `output` holds a run and `resume` is not set, or another process is
             running in it.
         FileNotFoundError: if data, or the stage 1 model that stage 2 needs, are not there.
-        ValueError: if a checkpoint belongs to another model or config, naming what differs.
+        ValueError: if a checkpoint belongs to another model or config, naming what differs; or the
+            images have classes that the model does not know, naming them.
         BadImageError: at an unreadable image, unless `skip_bad_images`.
         FloatingPointError: if the loss is no longer finite.
     """
@@ -85,40 +90,44 @@ def _train(
 ) -> TrainResult:
     output = Path(config.output)
     seed_all(config.seed, "init")
+    given = model is not None or config.init is not None
     if model is None:
-        model = create_model(
-            config.model,
-            config.pretrained,
-            exits=config.exits,
-            heads=config.heads,
-            num_classes=_num_classes(config, data),
-            **config.model_kwargs,
-        )
-        if config.recipe is not None:
-            model.policy = RECIPES[config.recipe].policy_for(len(model.exits))
-    if data.class_names and len(data.class_names) > model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, the images {len(data.class_names)}"
-        )
-    if len(data.class_names) == model.num_classes:
-        model.class_names = data.class_names
+        model = starting_model(config, data.class_names)
+    if config.stage == "2" and (config.stage1_from or not given):
+        load_stage1(config.stage1_from or output / "stage1" / BEST, model)
     model.to(process.device)
-    sources = data.sources(InputSpec.of(model.backbone))
+    sources = _sources(config, data, model)
     stages = {}
     for name in names:
-        if name == "stage2":
-            load_stage1(config.stage1_from or output / "stage1" / BEST, model)
         stages[name] = train_stage(name, model, sources, config, process)
         load_model(stages[name].best, model)
     model.freeze_backbone(False)
     return TrainResult(model.eval(), stages, output)
 
 
-def _num_classes(config: TrainConfig, data: Data) -> int:
-    if config.num_classes is not None:
-        return config.num_classes
-    if not data.class_names:
+def _sources(config: TrainConfig, data: Data, model: LGViT) -> tuple[Source, Source]:
+    """The images, their classes matched with the model's by name; a model without names gets theirs."""
+    names = data.class_names
+    if names and model.class_names is None:
+        if len(names) > model.num_classes:
+            raise ValueError(
+                f"the model has {model.num_classes} classes, the images {len(names)}:"
+                f" {shortened(names)}"
+            )
+        if len(names) == model.num_classes:
+            model.class_names = names
+    where = f"{config.dataset} {config.data}".strip()
+    try:
+        places = match_classes(names, model.class_names, where)
+    except ValueError as error:
         raise ValueError(
-            f"the dataset {config.dataset!r} does not name its classes: give num_classes"
-        )
-    return len(data.class_names)
+            f"{error}; give it new classifiers to train it on them (model.reset_classifier(n), or"
+            " new_classes=True beside init)"
+        ) from error
+    train, validation = data.sources(InputSpec.of(model.backbone))
+    if places is None or model.class_names is None:
+        return train, validation
+    return (
+        Relabelled(train, places, model.class_names),
+        Relabelled(validation, places, model.class_names),
+    )

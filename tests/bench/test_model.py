@@ -20,11 +20,21 @@ def test_the_published_scheme_gives_our_answers(name):
     torch.testing.assert_close(got, expected.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_published_scheme_decides_by_itself():
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lgvit_fast.Confidence(0.5),
+        lgvit_fast.Confidence([0.6, 0.7, 0.6, 0.2]),
+        lgvit_fast.Entropy(1.3),
+        lgvit_fast.Patience(2),
+        lgvit_fast.PatientConfident(1.1, 2),
+    ],
+    ids=str,
+)
+def test_the_published_scheme_decides_by_itself(policy):
     model = tiny_model(exits=4)
-    sure = lgvit_fast.Confidence(0.5)
-    expected = model.infer(images(6), sure)
-    got = PublishedScheme(model)(images(6), sure)
+    expected = model.infer(images(6), policy)
+    got = PublishedScheme(model)(images(6), policy)
     torch.testing.assert_close(got, expected.logits, atol=1e-4, rtol=1e-4)
     assert len(expected.exit_index.unique()) > 1
 

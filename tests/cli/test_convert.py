@@ -61,6 +61,22 @@ def test_torchvision_gets_the_heads_asked_for(tmp_path):
         torch.testing.assert_close(model.forward_exits(batch).final, theirs(batch))
 
 
+def test_files_that_are_no_checkpoints_are_one_plain_line(tmp_path, capsys):
+    text, pickled = tmp_path / "notes.pth", tmp_path / "objects.bin"
+    text.write_text("a text, not a checkpoint\n")
+    torch.save({"weights": torch.ones(2), "where": tmp_path}, pickled)
+    for source, message in (
+        (text, "notes.pth is not a whole file of plain tensors"),
+        (pickled, "pathlib PosixPath"),
+    ):
+        assert main(["convert", str(source), str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert len(error) < 400
+        assert "\x1b" not in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

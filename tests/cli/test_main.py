@@ -47,7 +47,6 @@ def test_wrong_usage_is_2(arguments, capsys):
     [
         (["--policy", "confidence", "--threshold", "1.5"], "between 0 and 1"),
         (["--policy", "confidence", "--threshold", "0.5,0.6"], "the model has 4 exits"),
-        (["--policy", "patience", "--patience", "0"], "at least 1"),
         (["--policy", "entropy", "--patience", "2"], "takes no --patience"),
         (["--threshold", "0.5"], "needs --policy"),
         (["--device", "toaster"], "toaster"),

@@ -214,3 +214,28 @@ def test_what_is_no_file_is_an_error_line(saved, tmp_path, capsys):
     assert ["error" in row for row in rows] == [False, True, True]
     assert "a FIFO, expected an image file" in rows[1]["error"]
     assert "a device, expected an image file" in rows[2]["error"]
+
+
+def test_topk_gives_the_next_classes(saved, photos, capsys):
+    command = ["predict", saved, str(photos / "deep"), "--topk", "3"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        answers = [row, *row["others"]]
+        assert len(answers) == len({answer["class_index"] for answer in answers}) == 3
+        assert all(answer["label"] == CLASSES[answer["class_index"]] for answer in answers)
+        confidences = [answer["confidence"] for answer in answers]
+        assert confidences == sorted(confidences, reverse=True)
+        assert sum(confidences) <= 1.00001
+    assert main([*command, "--format", "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["label_3"] for row in table] == [row["others"][1]["label"] for row in rows]
+    assert [float(row["confidence_2"]) for row in table] == [
+        row["others"][0]["confidence"] for row in rows
+    ]
+
+
+def test_topk_beyond_the_classes_is_2(saved, capsys):
+    assert main(["predict", saved, "x.png", "--topk", "8"]) == 2
+    assert "--topk 8: the model has 7 classes" in capsys.readouterr().err

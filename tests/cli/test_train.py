@@ -106,7 +106,7 @@ def test_a_saved_config_is_the_base(seen, tmp_path):
     ("options", "message"),
     [
         (["--stage1.epochs", "0"], "epochs is 0, expected at least 1"),
-        (["--val-fraction", "2"], "val_fraction is 2.0"),
+        (["--val-fraction", "2"], "--val-fraction is 2.0"),
         (["--mixup", "0.2", "--batch-size", "7"], "expected an even one"),
     ],
     ids=str,
@@ -122,11 +122,13 @@ def test_train_then_resume_then_eval_and_predict(labelled, tmp_path, capsys, mon
     assert main(command) == 0
     text = capsys.readouterr().out
     best = f"{run}/stage2/best"
-    assert f"lgvit-fast eval {best} --data {labelled}" in text
+    assert f"lgvit-fast eval {best} --data FOLDER\nwith a folder of other images" in text
     assert lgvit_fast.LGViT.from_pretrained(best).class_names == ["cat", "dog"]
 
     assert main(command) == 1  # a run is there
-    assert "resume" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "resume it (--resume)" in error
+    assert "=True" not in error
     assert main(["train", "--config", f"{run}/config.json", "--resume"]) == 0
 
     out = str(tmp_path / "out")
@@ -136,6 +138,21 @@ def test_train_then_resume_then_eval_and_predict(labelled, tmp_path, capsys, mon
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 16
     assert {row["label"] for row in rows} <= {"cat", "dog"}
+
+
+def test_what_comes_next_is_never_the_training_images(tmp_path):
+    def options(**fields):
+        return train._to_evaluate(TrainConfig(**fields))
+
+    data = str(tmp_path)
+    assert options(data=data, val_data="other") == "--data other"
+    assert options() == "--data digits"  # of which eval takes the part held out
+    named = options(data="d", dataset="torch/cifar10", val_split="test")
+    assert named == "--data d --dataset torch/cifar10 --split test"
+    assert options(data=data).startswith("--data FOLDER\n")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert options(data=data) == f"--data {data}/val"
 
 
 def test_a_bad_file_stops_training_with_its_name_or_is_skipped(labelled, tmp_path, capsys):

@@ -9,10 +9,12 @@ import timm
 import torch
 from PIL import Image
 
+from lgvit_fast.cli.predict import _files
 from lgvit_fast.data.batches import Batches, Loader
 from lgvit_fast.data.digits import Digits
-from lgvit_fast.data.sources import open_dataset
-from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.data.sources import ImageSource, class_names, open_dataset
+from lgvit_fast.data.suffixes import IMAGE_SUFFIXES
+from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.training.config import TrainConfig
 from lgvit_fast.training.datasets import Data
 
@@ -108,6 +110,42 @@ def test_validation_folders_are_found(tmp_path):
     write_images(tmp_path / "val", 2)
     train, val = Data.open(TrainConfig(data=str(tmp_path))).sources(SPEC)
     assert (len(train), len(val)) == (9, 6)
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+@pytest.mark.parametrize("capitals", [False, True], ids=["small", "capitals"])
+def test_the_same_suffixes_everywhere(tmp_path, suffix, capitals):
+    picture = Image.new("L", (16, 16), 99)
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        kind = Image.registered_extensions()[suffix]
+        file = tmp_path / "data" / name / f"x{suffix.upper() if capitals else suffix}"
+        picture.save(file, format=kind)
+    (tmp_path / "data" / "cat" / "notes.txt").write_text("no image")
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(tmp_path / "data", arcname=".")
+    listed = timm.data.get_img_extensions()
+    for place in ("data", "data.tar"):
+        source = ImageSource(open_dataset(str(tmp_path / place)), eval_transform(SPEC))
+        batch = source.__getitems__([(0, 0), (0, 1)])
+        assert len(source) == len(batch.images) == 2
+    assert len(list(_files([str(tmp_path / "data")]))) == 2  # what predict reads
+    assert timm.data.get_img_extensions() == listed
+
+
+def test_a_folder_of_other_splits_is_not_one_mixed_set(tmp_path):
+    write_images(tmp_path / "photos" / "train", 2)
+    write_images(tmp_path / "photos" / "test", 1)
+    with pytest.raises(ValueError, match=r"holds test/ and train/.* the split 'validation'"):
+        open_dataset(str(tmp_path / "photos"), split="validation")
+    assert len(open_dataset(str(tmp_path / "photos"), split="test")) == 3
+    assert len(open_dataset(str(tmp_path / "photos" / "test"), split="validation")) == 3
+    # trains and tests can be classes, beside another
+    write_images(tmp_path / "vehicles", 2)
+    for name, instead in (("cat", "test"), ("dog", "train")):
+        (tmp_path / "vehicles" / name).rename(tmp_path / "vehicles" / instead)
+    found = open_dataset(str(tmp_path / "vehicles"), split="validation")
+    assert class_names(found) == ["owl", "test", "train"]
 
 
 def test_a_tar_of_class_folders(folder, tmp_path):

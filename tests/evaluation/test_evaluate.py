@@ -61,7 +61,9 @@ def test_if_every_policy_loses_too_much_the_most_accurate_is_taken(model, digits
     evaluation = evaluate(model, digits, tolerance=-100, timing_batches=())
     assert not evaluation.within
     first, _ = evaluate(model, digits, policy=Confidence(), timing_batches=()).recording.split(0)
-    points = {str(p.policy): p.accuracy for p in sweep(first, candidates("confidence", 4, 10))}
+    points = {
+        str(p.policy): p.accuracy for p in sweep(first, candidates("confidence", 4, 10, first))
+    }
     assert points[str(evaluation.chosen.policy)] == max(points.values())
 
 
@@ -89,7 +91,7 @@ def test_pictures_are_png_of_readable_size(evaluation, model, tmp_path, draw):
     if draw == "tradeoff":
         plot_tradeoff(evaluation, path, "title")
     else:
-        plot_exits(evaluation, model, path)
+        plot_exits(evaluation, path, InputSpec.of(model.backbone))
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         assert picture.width > 900

@@ -170,3 +170,18 @@ def numbers(point):
 def test_a_policy_is_described_by_its_numbers():
     described = describe(PatientConfident([0.5, 0.4], 2))
     assert described == {"name": "PatientConfident", "threshold": [0.5, 0.4], "patience": 2}
+
+
+@pytest.mark.parametrize("lead", [0, 12], ids=["hardly sure", "nearly certain"])
+@pytest.mark.parametrize("kind", ["confidence", "entropy", "patient_confident"])
+def test_thresholds_lie_where_the_models_answers_do(kind, lead):
+    # all confidences between 0.1 and 0.2, or above 0.9999
+    logits = torch.randn(4, 200, 10, generator=torch.Generator().manual_seed(0)) / 10
+    logits[..., 0] += lead
+    found = Recording(logits, torch.zeros(200, dtype=torch.long), (1, 2, 3, 4))
+
+    def depths(policies):
+        return {point.layer_ratio for point in sweep(found, policies)}
+
+    assert len(depths(candidates(kind, 3, 10))) <= 4
+    assert len(depths(candidates(kind, 3, 10, found))) >= 8

@@ -177,7 +177,8 @@ def test_files_of_a_run(small_config, metrics):
     assert len(last["exit_accuracy"]) == 3
 
 
-def test_progress_shows_loss_throughput_and_time_left(small_config, capsys):
+def test_progress_shows_loss_throughput_and_time_left(small_config, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     train(small_config(progress=True, **ONE_EPOCH))
     shown = capsys.readouterr().err
     assert "images/s" in shown

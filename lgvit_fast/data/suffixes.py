@@ -1,0 +1,31 @@
+"""Which files are images, by the ends of their names: the same wherever folders are searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import timm.data
+
+__all__ = ["IMAGE_SUFFIXES", "is_image", "timm_reads_all"]
+
+# In small letters; capitals are the same.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+@contextmanager
+def timm_reads_all() -> Iterator[None]:
+    """Inside the block timm's readers list all these files, rather than JPEG and PNG alone."""
+    before = timm.data.get_img_extensions()
+    timm.data.set_img_extensions(IMAGE_SUFFIXES)
+    try:
+        yield
+    finally:
+        timm.data.set_img_extensions(before)
