@@ -390,10 +390,11 @@ def test_dict_batches(engine, model, names):
 @pytest.mark.timeout(60)
 def test_a_batch_that_always_fails_ends_the_stream(engine):
     class Failing(lgvit_fast.Confidence):
-        def decide(self, leave, state, exit_index):
+        def decide(self, step, state, exit_index):
             if exit_index == 1:
                 raise OSError("no answer")
-            return leave if exit_index else state[:, 0] < torch.arange(len(state)) % 2
+            every_other = state[:, 0] < torch.arange(len(state)) % 2
+            return step if exit_index else step._replace(leave=every_other)
 
     running = stream(engine, loader([4, 4, 4]), 4, order="completion", policy=Failing(0.5))
     answers, errors = [], []
