@@ -27,6 +27,10 @@ from setuptools import Extension, find_packages, setup
 # Data centre and desktop GPUs from Ampere on; the last also as PTX, for what comes after it.
 DEFAULT_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+# The oldest torch that the libraries of csrc/stable run on, with every later one: what they use of the
+# stable ABI is held down to it.
+STABLE_TARGET = (2, 11)
+
 # What csrc/cpu is compiled for, one library each; lgvit_fast/_extension.py loads the best that the
 # processor runs. Separate libraries, because inline functions compiled with wide instructions must
 # never be linked into code that runs elsewhere.
@@ -139,6 +143,7 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
 
     facts = {
         "LGVIT_TORCH_VERSION": torch.__version__,
+        "LGVIT_STABLE_TARGET": ".".join(map(str, STABLE_TARGET)),
         "LGVIT_CUDA_VERSION": cuda or "",
         "LGVIT_CUDA_ARCHS": cuda_archs() if cuda else "",
     }
@@ -162,10 +167,24 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
         ),
         (CUDAExtension if cuda else CppExtension)(
             "lgvit_fast._C",
-            ["csrc/ops.cpp", *(sorted(glob("csrc/cuda/*.c*")) if cuda else [])],
+            sorted(glob("csrc/stable/*.cpp") + (glob("csrc/stable/cuda/*.c*") if cuda else [])),
+            define_macros=[
+                (
+                    "TORCH_TARGET_VERSION",
+                    f"0x{STABLE_TARGET[0]:02x}{STABLE_TARGET[1]:02x}{0:012x}ULL",
+                ),
+                *([("USE_CUDA", None)] if cuda else []),  # declares the interface's CUDA part
+            ],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
             extra_link_args=link,
             py_limited_api=True,  # no Python in it: operators reach Python through torch.ops
+        ),
+        CppExtension(
+            "lgvit_fast._dispatch",
+            ["csrc/dispatch.cpp"],
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=link,
+            py_limited_api=True,
         ),
     ]
     x86 = platform.machine() in ("x86_64", "AMD64")

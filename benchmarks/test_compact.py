@@ -21,8 +21,8 @@ def gather(tokens, keep, index):
 @pytest.mark.parametrize("leaving", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("batch", [16, 64, 256])
 def test_compact(benchmark, batch, leaving, way):
-    if way == "cpp" and _extension.why_missing(torch.device(DEVICE)):
-        pytest.skip(_extension.why_missing(torch.device(DEVICE)))
+    if way == "cpp" and _extension.why_compact_missing(torch.device(DEVICE)):
+        pytest.skip(_extension.why_compact_missing(torch.device(DEVICE)))
     generator = torch.Generator().manual_seed(0)
     keep = (torch.rand(batch, generator=generator) >= leaving).to(DEVICE)
     tokens = torch.randn(batch, 197, 768, device=DEVICE)

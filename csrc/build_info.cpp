@@ -4,7 +4,6 @@
 
 #include <string>
 
-
 namespace {
 
 std::string compiler() {
@@ -28,6 +27,7 @@ std::string summary() {
 PYBIND11_MODULE(_build, m) {
   m.doc() = "How the extension was built.";
   m.attr("torch_version") = LGVIT_TORCH_VERSION;
+  m.attr("stable_target") = LGVIT_STABLE_TARGET;  // oldest torch that csrc/stable runs on
   m.attr("cuda_version") = LGVIT_CUDA_VERSION;  // "" without CUDA
   m.attr("cuda_archs") = LGVIT_CUDA_ARCHS;      // separated by blanks
   m.attr("compiler") = compiler();

@@ -1,4 +1,4 @@
-// Argument checks that the operators share. Each is made before any pointer is taken: what calls an
+// Argument checks that the heads' operators share. Each is made before any pointer is taken: what calls an
 // operator need not be the Python beside it.
 #pragma once
 
@@ -8,24 +8,9 @@
 #include <limits>
 #include <string>
 
+#include "memory.h"
+
 namespace lgvit {
-
-inline bool mul_overflows(int64_t a, int64_t b, int64_t& out) {
-  return __builtin_mul_overflow(a, b, &out);
-}
-
-// Elements from a tensor's first to one past its last; it has some.
-inline int64_t extent(const std::string& name, const at::Tensor& tensor) {
-  int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-    int64_t step = 0;
-    TORCH_CHECK_VALUE(!mul_overflows(tensor.size(dim) - 1, tensor.stride(dim), step) &&
-                          !__builtin_add_overflow(last, step, &last),
-                      name, " has sizes ", tensor.sizes(), " and strides ", tensor.strides(),
-                      " that overflow");
-  }
-  return last + 1;
-}
 
 // A dense tensor whose elements all lie in its storage.
 inline void check_memory(const std::string& name, const at::Tensor& tensor) {
@@ -33,13 +18,11 @@ inline void check_memory(const std::string& name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, name, " is ", tensor.layout(),
                     ", expected a dense tensor");
   if (tensor.numel() == 0) return;
-  int64_t bytes = 0;
-  TORCH_CHECK_VALUE(
-      !__builtin_add_overflow(tensor.storage_offset(), extent(name, tensor), &bytes) &&
-          !mul_overflows(bytes, tensor.element_size(), bytes) &&
-          static_cast<uint64_t>(bytes) <= tensor.storage().nbytes(),
-      name, " needs more memory than its storage has (", tensor.storage().nbytes(),
-      " bytes): was the storage resized?");
+  const Memory memory{tensor.sizes().data(),     tensor.strides().data(),
+                      tensor.dim(),              tensor.storage_offset(),
+                      tensor.element_size(),     tensor.storage().nbytes()};
+  const std::string problem = memory.problem();
+  TORCH_CHECK_VALUE(problem.empty(), name, problem);
 }
 
 inline void check_like(const std::string& name, const at::Tensor& tensor, at::ScalarType dtype,

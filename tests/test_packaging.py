@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -48,10 +50,16 @@ def test_kernels_are_a_subpackage():
     assert Path(lgvit_fast.__file__).with_name("py.typed").exists()
 
 
-@pytest.mark.skipif(_extension.facts() is None, reason="the extension is not built")
+needs_extension = pytest.mark.skipif(
+    _extension.facts() is None, reason="the extension is not built"
+)
+
+
+@needs_extension
 def test_facts_of_the_build():
     facts = _extension.facts()
     assert facts.torch.split(".")[:2] == torch.__version__.split(".")[:2]
+    assert facts.stable_target == "2.11"
     assert facts.cxx11_abi == torch.compiled_with_cxx11_abi()
     if facts.cuda:
         assert facts.summary == f"compiled with CUDA {facts.cuda} for {' '.join(facts.cuda_archs)}"
@@ -60,7 +68,7 @@ def test_facts_of_the_build():
 
 
 def built(torch_version="2.14.1+cu130", cuda="13.0"):
-    return BuildFacts(torch_version, cuda, ("8.0", "9.0", "12.0+PTX"), "gcc", True, "")
+    return BuildFacts(torch_version, "2.11", cuda, ("8.0", "9.0", "12.0+PTX"), "gcc", True, "")
 
 
 @pytest.mark.parametrize(
@@ -69,15 +77,54 @@ def built(torch_version="2.14.1+cu130", cuda="13.0"):
         (built(), "2.14.0+cu130", "13.0", None),
         (built(), "2.14.1+cu132", "13.2", None),
         (built(cuda=None), "2.14.1+cpu", None, None),
-        (built(), "2.11.0+cu130", "13.0", "built for torch 2.14.1"),
+        (built(), "2.11.0+cu130", "13.0", None),
+        (built("2.11.0+cu130"), "3.0.0a0+git", "13.0", None),
+        (built(), "2.10.2+cu130", "13.0", "needs torch 2.11 or newer, this is torch 2.10.2"),
         (built(), "2.14.1+cu126", "12.6", "has CUDA 12.6"),
         (built(), "2.14.1+cpu", None, "has no CUDA"),
     ],
-    ids=["patch", "CUDA minor", "no CUDA", "torch minor", "CUDA major", "CUDA for a CPU torch"],
+    ids=[
+        "patch",
+        "CUDA minor",
+        "no CUDA",
+        "oldest",
+        "newer",
+        "too old",
+        "CUDA major",
+        "CUDA for a CPU torch",
+    ],
 )
 def test_mismatch(facts, running, cuda, reason):
     problem = _extension._mismatch(facts, running, cuda)
     assert problem is None if reason is None else reason in problem
+
+
+@pytest.mark.parametrize(
+    ("running", "fits"), [("2.14.0", True), ("2.11.0", False), ("3.14.1", False)]
+)
+def test_what_needs_the_minor_version_it_was_built_for(running, fits):
+    problem = _extension._version_mismatch(built(), running)
+    assert (problem is None) == fits
+    assert fits or f"built for torch 2.14.1+cu130, this is torch {running}" in problem
+
+
+@needs_extension
+def test_the_stable_library_uses_torch_through_its_c_interface_only():
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm of binutils")
+    (library,) = Path(_extension.__file__).parent.glob("_C.*so")
+    command = [nm, "-DC", "--undefined-only", str(library)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torch_get_const_data_ptr" in symbols  # it does use torch
+    assert not re.findall(r"\b(?:at|c10|torch|caffe2)::.*", symbols)
+
+
+def test_the_stable_sources_include_no_other_interface_of_torch():
+    allowed = ("torch/csrc/stable/", "torch/headeronly/")
+    for source in (ROOT / "csrc" / "stable").rglob("*.*"):
+        headers = re.findall(r"#include <((?:torch|ATen|c10)/.*)>", source.read_text())
+        assert all(header.startswith(allowed) for header in headers), source
 
 
 @pytest.mark.parametrize(
@@ -112,43 +159,90 @@ def test_works_without_triton():
     run_python("import sys; sys.modules['triton'] = None\n" + USE)
 
 
-def test_extension_of_another_torch_warns_once_and_falls_back():
+def test_extension_for_a_newer_torch_warns_once_and_falls_back():
     pretend = (
         "import sys, types\n"
         "build = types.ModuleType('lgvit_fast._build')\n"
-        "build.torch_version, build.cuda_version, build.cuda_archs = '2.3.0', '', ''\n"
+        "build.torch_version, build.cuda_version, build.cuda_archs = '9.4.0', '', ''\n"
         "build.compiler, build.cxx11_abi, build.summary = 'gcc', True, ''\n"
+        "build.stable_target = '9.3'\n"
         "sys.modules['lgvit_fast._build'] = build\n"
     )
     done = run_python(pretend + USE)
-    assert done.stderr.count("the extension was built for torch 2.3.0") == 1
+    assert done.stderr.count("the extension needs torch 9.3 or newer") == 1
     assert "pip install --no-build-isolation" in done.stderr
-    assert "the extension was built for torch 2.3.0" in done.stdout
+    assert "the extension needs torch 9.3 or newer" in done.stdout
 
 
-@pytest.mark.parametrize("library", ["_C", "_cpu"])
+# An extension of another torch: what is within the stable ABI runs, with autograd kernels in Python.
+OTHER_TORCH = """
+from lgvit_fast import _build
+_build.torch_version = "2.99.0"
+"""
+OTHER_TORCH_CHECKS = """
+import pytest
+compact = torch.ops.lgvit_fast.compact_
+assert _extension.why_missing() is None
+assert _extension.why_compact_missing(torch.device("cpu")) is None
+assert "built for torch 2.99.0" in _extension.why_missing(torch.device("cpu"))
+assert not hasattr(torch.ops.lgvit_fast, "lph_pool_cpp")
+assert lgvit_fast.ops.compact_(torch.arange(6.0), keep, backend="cpp") == 3
+
+count = torch.empty(1, dtype=torch.int64)
+tokens, index = torch.arange(6.0), torch.arange(6)
+compact([tokens, index], keep, count)
+assert [t._version for t in (tokens, index, count, keep)] == [1, 1, 1, 0]
+assert count.item() == 3 and torch.equal(tokens[:3].long(), index[:3])
+with pytest.raises(ValueError, match="count must be int64"):
+    compact([tokens], keep, torch.zeros(1))
+leaf = torch.ones(6, requires_grad=True)
+with pytest.raises(RuntimeError, match="has no gradient"):
+    compact([leaf * 1], keep, count)
+with torch.no_grad():
+    compact([leaf * 1], keep, count)
+with torch.inference_mode():
+    compact([torch.arange(6.0), tokens], keep, count)
+assert tokens._version == 2
+torch.library.opcheck(compact.default, ([tokens, index], keep, count))
+"""
+
+
+@needs_extension
+def test_extension_of_another_torch_serves_what_the_stable_abi_can():
+    done = run_python(OTHER_TORCH + USE + OTHER_TORCH_CHECKS)
+    assert "RuntimeWarning" not in done.stderr
+    assert "the heads' kernels were built for torch 2.99.0" in done.stdout
+
+
+@pytest.mark.parametrize("library", ["_C", "_dispatch", "_cpu"])
 def test_library_that_does_not_load_warns_and_falls_back(monkeypatch, library):
     def load(name):
         if name.startswith(library):
             raise OSError("undefined symbol")
         return True
 
+    registered = []
+    monkeypatch.setattr(_extension._autograd_kernels, "register", lambda: registered.append(1))
     monkeypatch.setattr(_extension, "_load_library", load)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    facts = BuildFacts(torch.__version__, torch.version.cuda, (), "gcc", True, "")
-    with pytest.warns(RuntimeWarning, match="runs on plain torch: .* undefined symbol"):
+    facts = BuildFacts(torch.__version__, "2.11", torch.version.cuda, (), "gcc", True, "")
+    with pytest.warns(RuntimeWarning, match="undefined symbol") as warned:
         problem, cpu_problem = _extension._load(facts)
-    assert problem == cpu_problem
-    assert "does not load" in problem
+    assert len(warned) == 1
+    assert (problem == cpu_problem) == (library == "_C")
+    assert (problem is None) == (library != "_C")
+    assert registered == [1] * (library == "_dispatch")  # once, and where none is compiled
+    for reason in {problem, cpu_problem} - {None}:
+        assert "not load" in reason and "pip install" in reason
 
 
 @pytest.mark.parametrize(
     ("capability", "libraries", "loaded"),
     [
-        ("AVX512", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C", "_cpu_avx512"]),
-        ("AVX512", ["_C", "_cpu_avx2"], ["_C", "_cpu_avx2"]),
-        ("AVX2", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C", "_cpu_avx2"]),
-        ("DEFAULT", ["_C", "_cpu_avx512", "_cpu_avx2"], ["_C"]),
+        ("AVX512", ["_cpu_avx512", "_cpu_avx2"], ["_cpu_avx512"]),
+        ("AVX512", ["_cpu_avx2"], ["_cpu_avx2"]),
+        ("AVX2", ["_cpu_avx512", "_cpu_avx2"], ["_cpu_avx2"]),
+        ("DEFAULT", ["_cpu_avx512", "_cpu_avx2"], []),
     ],
     ids=["avx512", "no avx512 library", "avx2", "old processor"],
 )
@@ -156,18 +250,19 @@ def test_one_cpu_library_is_loaded(monkeypatch, capability, libraries, loaded):
     done = []
 
     def load(name):
-        if name in libraries:
+        found = name in ("_C", "_dispatch", *libraries)
+        if found:
             done.append(name)
-        return name in libraries
+        return found
 
     monkeypatch.setattr(_extension, "_load_library", load)
     monkeypatch.setattr(_extension.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    facts = BuildFacts(torch.__version__, torch.version.cuda, (), "gcc", True, "")
+    facts = BuildFacts(torch.__version__, "2.11", torch.version.cuda, (), "gcc", True, "")
     problem, cpu_problem = _extension._load(facts)
-    assert done == loaded
+    assert done == ["_C", "_dispatch", *loaded]
     assert problem is None
-    assert (cpu_problem is None) == (len(loaded) == 2)
+    assert (cpu_problem is None) == bool(loaded)
 
 
 @pytest.fixture(scope="module")

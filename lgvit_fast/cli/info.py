@@ -57,6 +57,8 @@ def collect() -> dict[str, Any]:
         missing += [problem] if problem else []
     else:
         missing.append("no GPU that this torch can use: everything runs on the CPU")
+    cpu_problem = None if why_not else _extension.why_missing(torch.device("cpu"))
+    missing += [cpu_problem] if cpu_problem else []
     if here["triton"] is None:
         missing.append("triton is not installed: no Triton kernels on a GPU; pip install triton")
     return {

@@ -30,7 +30,7 @@ def refuse(*tensors: Tensor | None) -> str | None:
     return None
 
 
-if _extension.why_missing() is None:
+if _extension.why_missing(torch.device("cpu")) is None:
 
     @torch.library.register_fake("lgvit_fast::lph_pool_cpp")
     def _(tokens: Tensor, *args: object) -> Tensor:

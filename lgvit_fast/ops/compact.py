@@ -11,7 +11,7 @@ from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["compact_"]
 
-_MAX_CUDA_ROWS = 8192  # kMaxRows of csrc/cuda/compact_kernel.h
+_MAX_CUDA_ROWS = 8192  # kMaxRows of csrc/stable/cuda/compact_kernel.h
 
 
 @torch.compiler.disable  # the count is read on the host: the one break an exit cannot avoid
@@ -157,7 +157,7 @@ def _refuse_cpp(keep: Tensor, tensors: tuple[Tensor, ...], stable: bool) -> str 
     return None
 
 
-if _extension.why_missing() is None:
+if _extension.why_compact_missing() is None:
 
     @torch.library.register_fake("lgvit_fast::compact_")
     def _(tensors: list[Tensor], keep: Tensor, count: Tensor) -> None:
@@ -166,6 +166,6 @@ if _extension.why_missing() is None:
 
 _compact = Op(
     "compact_",
-    Backend("cpp", _compact_cpp, _extension.why_missing, _refuse_cpp),
+    Backend("cpp", _compact_cpp, _extension.why_compact_missing, _refuse_cpp),
     Backend("torch", _compact_torch),
 )

@@ -9,7 +9,7 @@ from lgvit_fast import _extension
 from lgvit_fast.ops import backend, compact_
 
 CPU = torch.device("cpu")
-BACKENDS = ["torch"] if _extension.why_missing(CPU) else ["torch", "cpp"]
+BACKENDS = ["torch"] if _extension.why_compact_missing(CPU) else ["torch", "cpp"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [
     torch.bool,
@@ -87,7 +87,7 @@ def check_compact(keep, rows, name):
 
 
 def skip_unless_runs(name, device):
-    reason = _extension.why_missing(torch.device(device))
+    reason = _extension.why_compact_missing(torch.device(device))
     if name == "cpp" and reason:
         pytest.skip(reason)
 
@@ -216,7 +216,7 @@ def test_bad_input_leaves_everything_as_it_was():
 
 
 needs_extension = pytest.mark.skipif(
-    _extension.why_missing(CPU) is not None, reason=str(_extension.why_missing(CPU))
+    _extension.why_compact_missing(CPU) is not None, reason=str(_extension.why_compact_missing(CPU))
 )
 
 

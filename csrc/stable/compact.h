@@ -1,8 +1,6 @@
 // What the CPU and the CUDA implementation of compact_ share: its arguments, checked.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -10,6 +8,8 @@
 #include "checks.h"
 
 namespace lgvit {
+
+using torch::headeronly::ScalarType;
 
 // A tensor [B, ...] as B runs of bytes.
 struct RowBytes {
@@ -23,12 +23,11 @@ struct Span {
   std::string name;
   uint64_t start, end, stride, width;
 
-  Span(std::string name, const at::Tensor& tensor) : name(std::move(name)) {
+  Span(std::string name, const Tensor& tensor) : name(std::move(name)) {
     const uint64_t rows = tensor.dim() ? tensor.size(0) : 1, itemsize = tensor.element_size();
     width = rows ? tensor.numel() / rows * itemsize : 0;
     stride = tensor.dim() ? tensor.stride(0) * itemsize : 0;
-    start = reinterpret_cast<uint64_t>(tensor.storage().data()) +
-            tensor.storage_offset() * itemsize;
+    start = reinterpret_cast<uint64_t>(tensor.const_data_ptr());
     end = width ? start + (rows - 1) * stride + width : start;
   }
 
@@ -41,31 +40,31 @@ struct Span {
   }
 };
 
-inline void check_compact(at::TensorList tensors, const at::Tensor& keep, const at::Tensor& count) {
+inline void check_compact(const std::vector<Tensor>& tensors, const Tensor& keep, const Tensor& count) {
   check_memory("keep", keep);
   check_memory("count", count);
-  TORCH_CHECK_VALUE(keep.dim() == 1 && keep.scalar_type() == at::kBool,
-                    "keep must be bool [B], got ", keep.scalar_type(), " ", keep.sizes());
-  TORCH_CHECK_VALUE(count.numel() == 1 && count.scalar_type() == at::kLong,
-                    "count must be int64 [1], got ", count.scalar_type(), " ", count.sizes());
+  LGVIT_CHECK_VALUE(keep.dim() == 1 && keep.scalar_type() == ScalarType::Bool,
+                    "keep must be bool [B], got ", keep.scalar_type(), " ", shape_text(keep));
+  LGVIT_CHECK_VALUE(count.numel() == 1 && count.scalar_type() == ScalarType::Long,
+                    "count must be int64 [1], got ", count.scalar_type(), " ", shape_text(count));
   const int64_t batch = keep.size(0);
   std::vector<Span> spans;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& tensor = tensors[i];
+    const Tensor& tensor = tensors[i];
     const std::string name = i == 0 ? "tokens" : "companion " + std::to_string(i);
     check_memory(name, tensor);
-    TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch, name, ": expected [", batch,
-                      ", ...], got ", tensor.sizes());
-    TORCH_CHECK_VALUE(tensor.device() == keep.device(), name, " is on ", tensor.device(),
-                      ", keep on ", keep.device());
+    LGVIT_CHECK_VALUE(tensor.dim() > 0 && tensor.size(0) == batch, name, ": expected [", batch,
+                      ", ...], got ", shape_text(tensor));
+    LGVIT_CHECK_VALUE(tensor.device() == keep.device(), name, " is on ", device_text(tensor),
+                      ", keep on ", device_text(keep));
     if (tensor.numel() == 0) continue;
     int64_t expected = 1;
     for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
-      TORCH_CHECK_VALUE(tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
-                        ": rows must be contiguous, got strides ", tensor.strides());
+      LGVIT_CHECK_VALUE(tensor.size(dim) == 1 || tensor.stride(dim) == expected, name,
+                        ": rows must be contiguous, got strides ", stride_text(tensor));
       expected *= tensor.size(dim);
     }
-    TORCH_CHECK_VALUE(batch < 2 || tensor.stride(0) >= expected, name,
+    LGVIT_CHECK_VALUE(batch < 2 || tensor.stride(0) >= expected, name,
                       ": rows overlap: stride ", tensor.stride(0), ", length ", expected);
     spans.emplace_back(name, tensor);
   }
@@ -74,11 +73,11 @@ inline void check_compact(at::TensorList tensors, const at::Tensor& keep, const 
   spans.emplace_back("count", count);
   for (size_t i = 0; i < spans.size(); ++i)
     for (size_t j = i + 1; j < spans.size(); ++j)
-      TORCH_CHECK_VALUE((batch < 2 && j + 1 < spans.size()) || !spans[i].meets(spans[j]),
+      LGVIT_CHECK_VALUE((batch < 2 && j + 1 < spans.size()) || !spans[i].meets(spans[j]),
                         spans[i].name, " and ", spans[j].name, " share memory");
 }
 
-inline RowBytes row_bytes(const at::Tensor& tensor) {
+inline RowBytes row_bytes(const Tensor& tensor) {
   const int64_t rows = tensor.size(0);
   const int64_t width = rows ? tensor.numel() / rows : 0;
   const int64_t itemsize = tensor.element_size();

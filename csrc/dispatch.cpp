@@ -1,6 +1,7 @@
-// Every operator of the library by schema. Implementations register themselves: csrc/cpu for the
-// CPU (compiled once for each instruction set), csrc/cuda for CUDA, and check every argument
-// (csrc/checks.h). Fake implementations are in Python, beside the reference.
+// What torch's stable ABI cannot express, so that this library serves one version of torch: the
+// autograd kernels of every operator, which redispatch, and the operators of the heads. Their
+// implementations register themselves: csrc/cpu, compiled once for each instruction set, checks every
+// argument (csrc/checks.h). Fake implementations are in Python, beside the reference.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -51,11 +52,7 @@ void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 
 }  // namespace
 
-TORCH_LIBRARY(lgvit_fast, m) {
-  // Moves the rows of each tensor [B, ...] that `keep` [B] marks to the front, the same way in all,
-  // and writes their number to `count` [1] int64 (CUDA: in pinned memory or on the device).
-  m.def("compact_(Tensor(a!)[] tensors, Tensor keep, Tensor(b!) count) -> ()");
-
+TORCH_LIBRARY_FRAGMENT(lgvit_fast, m) {
   // The heads' ops of lgvit_fast/ops, which say what they compute, with their arguments flattened.
   m.def(
       "lph_pool_cpp(Tensor tokens, int height, int width, int num_prefix_tokens, Tensor weight,"

@@ -1,0 +1,10 @@
+// The operators that torch's stable ABI can express, by schema: one binary serves every torch from
+// TORCH_TARGET_VERSION on (setup.py). No header of csrc/stable includes ATen or c10. Without
+// csrc/dispatch.cpp, lgvit_fast/_autograd_kernels.py has their autograd kernels.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lgvit_fast, m) {
+  // Moves the rows of each tensor [B, ...] that `keep` [B] marks to the front, the same way in all,
+  // and writes their number to `count` [1] int64 (CUDA: in pinned memory or on the device).
+  m.def("compact_(Tensor(a!)[] tensors, Tensor keep, Tensor(b!) count) -> ()");
+}
