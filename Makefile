@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: help install demo test test-fast test-avx2 stress sanitize lint docs smoke-oldest bench gpu-check clean
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lgvit_fast.ops.checksum import checksum, device_checksum
+from lgvit_fast.ops.torch_private import submodules, tensors, version
 
 __all__ = ["Watch"]
 
@@ -29,8 +30,8 @@ class Watch:
 
     def __init__(self, module: nn.Module, contents: Iterable[nn.Module] | None = None) -> None:
         modules = list(module.modules())
-        self._tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        self._children = [m._modules for m in modules if m._modules]
+        self._tensors = [held for m in modules for held in tensors(m)]
+        self._children = [submodules(m) for m in modules if submodules(m)]
         self._seen = self._look()
         self._contents = _Contents([module] if contents is None else contents)
 
@@ -44,8 +45,8 @@ class Watch:
         return self._look() != self._seen or self._contents.changed(share)
 
     def _look(self) -> tuple[object, ...]:
-        tensors = tuple(_mark(t) for d in self._tensors for t in d.values() if t is not None)
-        return (tensors, tuple(id(m) for d in self._children for m in d.values()))
+        marks = tuple(_mark(t) for d in self._tensors for t in d.values() if t is not None)
+        return (marks, tuple(id(m) for d in self._children for m in d.values()))
 
 
 class _Contents:
@@ -113,5 +114,4 @@ class _Contents:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int, int]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version
+    return id(tensor), tensor.data_ptr(), version(tensor)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from lgvit_fast.backbones.timm_private import add_positions
 from lgvit_fast.backbones.vit import PlainBackbone
 
 __all__ = ["EvaBackbone"]
@@ -33,7 +34,7 @@ class EvaBackbone(PlainBackbone):
 
     @override
     def embed(self, images: Tensor) -> Tensor:
-        tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
+        tokens, _ = add_positions(self.model, self.model.patch_embed(images))
         normed: Tensor = self.model.norm_pre(tokens)
         return normed.contiguous()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lgvit_fast.backbones.timm_arguments import check_arguments, check_description
+from lgvit_fast.backbones.timm_private import note_arguments, noted_arguments
 
 __all__ = [
     "DATA_KEYS",
@@ -34,8 +35,7 @@ _ABOUT_WEIGHTS = {
 def make_backbone(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A timm model that knows how it was made, whatever timm's version."""
     backbone = timm.create_model(name, pretrained=pretrained, **kwargs)
-    if not hasattr(backbone, "_model_args"):  # older timm does not note it
-        backbone._model_args = dict(kwargs)  # type: ignore[assignment]
+    note_arguments(backbone, kwargs)
     return backbone
 
 
@@ -60,7 +60,7 @@ def describe_backbone(model: nn.Module) -> dict[str, Any] | None:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name or not timm.is_model(name):
         return None
-    recorded = getattr(model, "_model_args", None)
+    recorded = noted_arguments(model)
     given = _size_of(model) if recorded is None else recorded  # timm notes them since 1.0.31
     args = {key: value for key, value in given.items() if key not in _ABOUT_WEIGHTS}
     args["num_classes"] = model.num_classes

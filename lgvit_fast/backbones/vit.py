@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from lgvit_fast.backbones.base import Backbone
+from lgvit_fast.backbones.timm_private import add_positions
 
 __all__ = ["PlainBackbone", "ViTBackbone"]
 
@@ -98,7 +99,7 @@ class ViTBackbone(PlainBackbone):
 
     @override
     def embed(self, images: Tensor) -> Tensor:
-        tokens = self.model._pos_embed(self.model.patch_embed(images))
+        tokens = add_positions(self.model, self.model.patch_embed(images))
         # Without prefix tokens timm gives a transposed view, whose strides the blocks would keep.
         normed: Tensor = self.model.norm_pre(tokens).contiguous()
         return normed

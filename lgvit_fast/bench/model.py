@@ -34,6 +34,7 @@ from lgvit_fast.clock import seconds as seconds_of
 from lgvit_fast.inference import Engine, Plan, plan_exits, stream
 from lgvit_fast.inference.prepared import prepared_twin
 from lgvit_fast.model import LGViT, create_model
+from lgvit_fast.ops.torch_private import profiled_allocations
 from lgvit_fast.policies import Replay
 
 __all__ = ["Row", "Way", "bench_model", "configure", "markdown", "plot", "run", "ways"]
@@ -411,9 +412,8 @@ def _peak_mib(calls: Sequence[Callable[[], Any]], device: torch.device) -> float
     ) as profile:
         for call in calls:
             call()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return float(np.cumsum([0, *(size for _, size in changes)]).max()) / 2**20
+    sizes = [size for _, size in profiled_allocations(profile)]
+    return float(np.cumsum([0, *sizes]).max()) / 2**20
 
 
 def _commit() -> str | None:

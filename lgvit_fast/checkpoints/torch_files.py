@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lgvit_fast.checkpoints.header import open_file
+from lgvit_fast.ops.torch_private import fake_tensors
 
 __all__ = ["load_checkpoint", "load_state_dict"]
 
@@ -68,7 +68,7 @@ def _read(
         data = file.read()
     try:
         _scan(data, known, refused)
-        with FakeTensorMode():
+        with fake_tensors():
             _check_sizes(_tensors_in(load(data)), len(data))
         return load(data)
     except Exception as error:  # whatever a damaged archive or pickle leads to

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lgvit_fast import _extension
 from lgvit_fast.ops.checks import check_memory
 from lgvit_fast.ops.dispatch import chosen_backend
+from lgvit_fast.ops.torch_private import pack_linear_weight, packed_linear
 
 __all__ = ["CANDIDATES", "Linear", "PackedLinear", "fastest", "inference_linear", "why_not"]
 
@@ -41,8 +42,8 @@ def why_not(gemm: str, dtype: torch.dtype) -> str | None:
     try:
         with torch.inference_mode(False), torch.no_grad():
             ones = torch.ones(8, 8, dtype=dtype)
-            packed = torch.ops.mkldnn._reorder_linear_weight(ones)
-            torch.ops.mkldnn._linear_pointwise(ones, packed, None, "none", [], "none")
+            packed = pack_linear_weight(ones)
+            packed_linear(ones, packed, None, "none")
     except (RuntimeError, AttributeError) as error:
         return f"oneDNN has no packed {dtype} product here: {str(error).splitlines()[0]}"
     return None
@@ -156,9 +157,7 @@ class PackedLinear(nn.Module):
         self.gemm = gemm
         weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._weight = (
-            torch.ops.mkldnn._reorder_linear_weight(weight) if self.gemm == "packed" else weight
-        )
+        self._weight = pack_linear_weight(weight) if self.gemm == "packed" else weight
 
     @property
     def weight(self) -> Tensor:
@@ -183,10 +182,7 @@ class PackedLinear(nn.Module):
             return x.new_empty((*x.shape[:-1], self.out_features))
         if self.gemm == "packed":
             activation = self.activation or "none"
-            packed: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._weight, self._bias, activation, [], "none"
-            )
-            return packed
+            return packed_linear(x, self._weight, self._bias, activation)
         if self.gemm == "conv":
             rows = x.reshape(1, 1, -1, self.in_features).permute(0, 3, 1, 2)
             out = F.conv2d(rows, self._weight[:, :, None, None], self._bias)
