@@ -14,6 +14,12 @@ from lgvit_fast._version import __version__
 
 __all__ = ["machine"]
 
+# Those that decide how fast matrices are multiplied, under Linux's names.
+_INSTRUCTIONS = (
+    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8"),
+    *("asimd", "asimddp", "sve", "bf16", "i8mm"),
+)
+
 
 def machine() -> dict[str, Any]:
     """Versions and hardware as json types; an absent package is None."""
@@ -23,8 +29,11 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": _version("timm"),
         "triton": _version("triton"),
+        "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
         "platform": platform.platform(),
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [
@@ -46,9 +55,18 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> list[str]:
+    """The instruction sets that matter here and that this processor has."""
+    words = {word for line in _cpuinfo() for word in line.split()}
+    return [name for name in _INSTRUCTIONS if name in words]
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

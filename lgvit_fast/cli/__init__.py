@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model with early exits, in one or both stages",
     "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
     "calibrate": "choose the exits' threshold with a guarantee on the accuracy lost",
+    "report": "early exit or not: one page with accuracy and speed beside the alternatives",
     "predict": "classify image files",
     "export": "a trained model to ONNX graphs that run without torch",
     "bench": "speed of the fused exits on this machine, beside the plain ones",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lgvit_fast.data.batches import Source
+    from lgvit_fast.data.transforms import InputSpec
     from lgvit_fast.evaluation import Evaluation
     from lgvit_fast.model import LGViT
     from lgvit_fast.policies import Policy
@@ -234,17 +235,21 @@ def open_images(
 ) -> tuple[Source, Callable[[Tensor], Tensor] | None]:
     """The images, and what brings their class numbers to the model's."""
     from lgvit_fast.data.classes import match_classes
-    from lgvit_fast.data.digits import Digits
-    from lgvit_fast.data.sources import ImageSource, open_dataset
-    from lgvit_fast.data.transforms import InputSpec, eval_transform
+    from lgvit_fast.data.transforms import InputSpec
 
-    spec = InputSpec.of(model.backbone)
-    source: Source
-    if args.data == "digits" and not args.dataset:
-        source = Digits("validation", spec)
-    else:
-        dataset = open_dataset(args.data, args.dataset, args.split, args.download)
-        mode = "L" if spec.channels == 1 else "RGB"
-        source = ImageSource(dataset, eval_transform(spec), mode)
+    source = open_source(args, InputSpec.of(model.backbone))
     places = match_classes(source.class_names, model.class_names, args.data)
     return source, None if places is None else lambda targets: places[targets]
+
+
+def open_source(args: argparse.Namespace, spec: InputSpec) -> Source:
+    """The images that the arguments name, as a model wants them."""
+    from lgvit_fast.data.digits import Digits
+    from lgvit_fast.data.sources import ImageSource, open_dataset
+    from lgvit_fast.data.transforms import eval_transform
+
+    if args.data == "digits" and not args.dataset:
+        return Digits("validation", spec)
+    dataset = open_dataset(args.data, args.dataset, args.split, args.download)
+    mode = "L" if spec.channels == 1 else "RGB"
+    return ImageSource(dataset, eval_transform(spec), mode)

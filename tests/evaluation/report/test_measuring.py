@@ -1,0 +1,107 @@
+"""Processes that take turns: one that fails takes no other with it."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgvit_fast.data.batches import Batch
+from lgvit_fast.evaluation.report import Way
+from lgvit_fast.evaluation.report.measuring import _Process, measure_all
+from lgvit_fast.evaluation.report.worker import Task, _full_batches
+from tests.helpers import images, tiny_model
+
+COUNT = 21
+
+
+class Images:
+    """Noise, the same in every process."""
+
+    class_names = ()
+
+    def __len__(self):
+        return COUNT
+
+    def __getitems__(self, keys):
+        places = [place for _, place in keys]
+        return Batch(images(COUNT)[places], torch.tensor(places) % 7, [])
+
+
+class Deadly(Images):
+    """Ends the process that reads it."""
+
+    def __getitems__(self, keys):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model(exits=4).save_pretrained(folder)
+    return str(folder)
+
+
+def task(folder, way, source=None):
+    return Task(way, folder, 7, "cpu", source or Images(), 8, tuple(range(5)))
+
+
+def test_rows_and_what_is_left_out(folder):
+    tasks = [
+        task(folder, Way("eager")),
+        task(folder, Way("eager", early=True)),
+        task(folder, Way("eager", rival="gone")),
+        task(folder, Way("eager", rival=folder), Deadly()),
+    ]
+    model = tiny_model(exits=4)
+    with torch.no_grad():
+        full = model.backbone(images(COUNT)).argmax(-1)
+        early = model.infer(images(COUNT))
+    lines = []
+    rows, left_out = measure_all(
+        tasks, torch.arange(COUNT) % 7, full,
+        num_blocks=6, batch_sizes=(1, 8), rounds=2, progress=lines.append,
+    )  # fmt: skip
+    assert [row.way for row in rows] == [Way("eager"), Way("eager", early=True)]
+    right = full == torch.arange(COUNT) % 7
+    assert rows[0].correct == int(right.sum()) and rows[0].losses == rows[0].gains == 0
+    assert rows[0].layer_ratio == 1
+    assert rows[1].layer_ratio == pytest.approx(6 / early.exit_layer.double().mean().item())
+    answered = early.prediction == torch.arange(COUNT) % 7
+    assert rows[1].correct == int(answered.sum())
+    assert rows[1].losses - rows[1].gains == rows[0].correct - rows[1].correct
+    assert all(set(row.ms) == {1, 8} and row.ms[8].median > 0 for row in rows)
+    reasons = {way.rival: reason for way, reason in left_out}
+    assert set(reasons) == {"gone", folder}
+    assert "timm has no 'gone'" in reasons["gone"]
+    assert "ended with code -9" in reasons[folder]
+    assert "batch 8: round 2 of 2" in lines
+
+
+def test_a_process_is_stopped_when_it_is_not_its_turn(folder):
+    process = _Process(task(folder, Way("eager")))
+    try:
+        assert process.ask() == "ready"
+        stat = Path(f"/proc/{process._process.pid}/stat")
+        deadline = time.monotonic() + 20
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, "it still runs"
+            time.sleep(0.01)
+        assert process.ask(1) > 0
+    finally:
+        process.close()
+
+
+def test_bad_numbers():
+    for numbers in ({"rounds": 0, "batch_sizes": (1,)}, {"rounds": 1, "batch_sizes": (0,)}):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            measure_all([], torch.zeros(0), torch.zeros(0), num_blocks=1, progress=print, **numbers)
+
+
+def test_batches_are_always_full():
+    batches = list(_full_batches(torch.arange(5), 2))
+    assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3]]
+    (batch,) = _full_batches(torch.arange(3), 4)
+    assert batch.tolist() == [0, 1, 2, 0]
