@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lgvit_fast
-from lgvit_fast.bench.model import ways
 from lgvit_fast.bench.traces import REAL_TRACE
+from lgvit_fast.bench.ways import ways
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCHES = (1, 64) if DEVICE == "cuda" else (1, 8)

@@ -19,12 +19,12 @@ def model():
     return lgvit_fast.LGViT(backbone).to(DEVICE).eval()
 
 
-@pytest.mark.parametrize("way", ["dense-timm", "nobody-leaves", "leaving-evenly"])
+@pytest.mark.parametrize("way", ["dense-timm", "none-leave", "leaving-evenly"])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_model(benchmark, model, batch, way):
     images = torch.randn(batch, 3, 224, 224, device=DEVICE)
     last = len(model.exits)
-    script = [last] * batch if way == "nobody-leaves" else [i % (last + 1) for i in range(batch)]
+    script = [last] * batch if way == "none-leave" else [i % (last + 1) for i in range(batch)]
     policy = lgvit_fast.Replay(script)
     benchmark.group = f"model batch={batch}"
     if way == "dense-timm":

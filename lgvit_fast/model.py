@@ -21,6 +21,7 @@ from lgvit_fast.backbones.timm_models import (
     make_backbone,
     remake_backbone,
     set_layer_norm_eps,
+    with_pooling,
 )
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.heads import ExitHead, ExitSpec, resolve_exits
@@ -275,6 +276,34 @@ class LGViT(TimmInterface, nn.Module):
         """
         for head in self._heads:
             head.prepare(self.compute_dtype, anew=anew)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifiers for another number of classes, the final one and every exit's.
+
+        Args:
+            num_classes: K.
+            global_pool: how the backbone pools its last tokens, as timm names it ("token", "avg", ...);
+                None leaves that as it is. The exits are not changed by it.
+
+        Raises:
+            ValueError: no classes.
+        """
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes={num_classes}, expected at least 1: exits are classifiers"
+            )
+        self.backbone.reset_classifier(num_classes, global_pool)
+        for head in self._heads:
+            head.reset_classifiers(num_classes)
+        self.num_classes = self.adapter.num_classes = num_classes
+        self.class_names = None
+        if self.backbone_config is not None:
+            self.backbone_config["args"]["num_classes"] = num_classes
+            if global_pool is not None:
+                self.backbone_config = with_pooling(
+                    self.backbone, self.backbone_config, global_pool
+                )
+        self.cut_segments()
 
     def freeze_backbone(self, frozen: bool = True) -> None:
         """Keep the backbone as it is: eval mode whatever `train` says, and no gradients (stage 2)."""

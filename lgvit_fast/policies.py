@@ -247,7 +247,7 @@ class Learned(Policy):
         return np.concatenate((super().start_array(batch), zeros), axis=1)
 
     def rule(self, exit_index: int) -> ExitRule:
-        """Counts the run of equal classes and lets nobody leave."""
+        """Counts the run of equal classes and lets no image leave."""
         return _COUNT_RUN
 
     def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:

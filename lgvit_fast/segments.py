@@ -100,7 +100,7 @@ class Segment(nn.Module):
                 `[B, channels, height, width]` for the first segment; not changed.
             state: `[B, ...]` policy state (`Policy.start`), updated in place.
             image_size: `(height, width)` of the images, in pixels.
-            policy: its rule decides who leaves; by default nobody does.
+            policy: its rule decides who leaves; by default no image does.
 
         Returns:
             The tokens `[B, ...]`, and an `ExitStep` whose `leave` is the policy's decision.

@@ -68,7 +68,7 @@ def _published_head(head: ExitHead, tokens: Tensor, grid: tuple[int, int]) -> Te
         hidden = _batchnorm(perception.depthwise_norm, F.gelu(perception.depthwise(hidden)))
     hidden = _batchnorm(perception.norm2, _pointwise(perception.pointwise2, hidden))
     mean = (hidden + patches).flatten(2).transpose(1, 2).mean(1)
-    votes = [
+    class_logits = [
         classify(mean + token)
         for classify, token in zip(
             head.classifiers,
@@ -76,7 +76,7 @@ def _published_head(head: ExitHead, tokens: Tensor, grid: tuple[int, int]) -> Te
             strict=True,
         )
     ]
-    return torch.stack(votes).mean(0)
+    return torch.stack(class_logits).mean(0)
 
 
 def _pointwise(linear: torch.nn.Linear, maps: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
 def remove_leftovers(folder: str | os.PathLike[str], names: Collection[str]) -> None:
     """Remove the temporary files that a killed process left when it was writing one of `names`.
 
-    Only for a folder that nobody else is writing to.
+    Only for a folder that no other process writes to.
     """
     for path in Path(folder).glob(".*"):
         match = _LEFTOVER.fullmatch(path.name)

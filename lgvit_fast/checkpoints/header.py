@@ -85,7 +85,7 @@ def checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dic
     """A CRC-32 of each tensor with its name, type and shape, and under "" one of names and metadata.
 
     It finds damage (every flip of one or two bits in a tensor of less than 512 MB, any run of flips
-    within 32 bits), not intent: whoever changes a file on purpose can change its checksums too.
+    within 32 bits), not intent: a file that is changed on purpose can have its checksums changed too.
     """
     rest = {key: value for key, value in metadata.items() if key != CHECKSUMS}
     whole = json.dumps([sorted(tensors), sorted(rest.items())])

@@ -195,7 +195,7 @@ def _highway_type(model: LGViT, swin: bool) -> str:
     """The published name of a layout."""
     layers, heads = [s.layer for s in model.exits], [s.head for s in model.exits]
     families = {spec.family for spec in model.exits}
-    own = model.backbone.blocks[0].attn.num_heads if not swin else 8  # type: ignore[index, union-attr]
+    own = model.backbone.blocks[0].attn.num_heads if not swin else 8
     if swin and families != {"linear"}:
         usual = _swin_heads(model.adapter.depths, layers)
         kinds = {"lph_full", "lph_light", "gah"}

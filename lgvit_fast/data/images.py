@@ -1,4 +1,4 @@
-"""Opening image files that nobody vouches for: the one way from a file to pixels.
+"""Opening untrusted image files: the one way from a file to pixels.
 
 Training, evaluation and prediction all read images here, so that the same file gives the same pixels.
 """

@@ -175,7 +175,7 @@ class Deployed:
         tokens = self._checked(images)
         batch, last = len(tokens), len(self.exits)
         answers = Answers.blank(batch, self.num_classes)
-        alive, state = np.arange(batch), policy.start_array(batch)
+        rows, state = np.arange(batch), policy.start_array(batch)
         # A runtime's vectorised exp or max may turn a NaN into a number, so it is looked for here too.
         broken = _broken(tokens)
         answers.nonfinite[:] = broken
@@ -183,15 +183,15 @@ class Deployed:
             for index, layer in enumerate(self.manifest.layers if batch else ()):
                 output = self._run(index, tokens, broken)
                 if index == last:
-                    answers.record(alive, index, layer, output)
+                    answers.record(rows, index, layer, output)
                     break
                 output, leave = decide(policy, index, output, state)
-                answers.record(alive, index, layer, output)
+                answers.record(rows, index, layer, output)
                 assert output.tokens is not None
-                count = compact(~leave, output.tokens, alive, broken, state)
+                count = compact(~leave, output.tokens, rows, broken, state)
                 if not count:
                     break
-                tokens, alive = output.tokens[:count], alive[:count]
+                tokens, rows = output.tokens[:count], rows[:count]
                 broken, state = broken[:count], state[:count]
         return answers
 

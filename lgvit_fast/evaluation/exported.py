@@ -21,7 +21,7 @@ class ExportedModel:
     """`Deployed` with the part of `LGViT`'s interface that evaluating takes, in torch tensors.
 
     Attributes:
-        backbone: images to final logits with nobody leaving, what early exit is timed against. All
+        backbone: images to final logits with no image leaving, what early exit is timed against. All
             exits are asked on the way: an export has no graph without them.
     """
 

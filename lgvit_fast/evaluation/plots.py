@@ -63,7 +63,7 @@ def tradeoff_figure(evaluation: Evaluation, title: str = "") -> Figure:
     ):
         curve = [(point.layer_ratio, 100 * (point.accuracy or 0.0)) for point in points]
         drawn.append((f"each image at its own exit: {name}", colour, curve))
-    # so far below the final classifier nobody would go; closer up one would see noise
+    # so far below the final classifier no one would choose a threshold; closer up one would see noise
     low = max(min(final, height) - 12, 0)
     drawn = [entry for entry in drawn if any(accuracy >= low for _, accuracy in entry[2])]
     for label, colour, curve in drawn:

@@ -20,7 +20,7 @@ __all__ = ["Recording", "record"]
 
 @dataclass(frozen=True)
 class Recording:
-    """Logits of all classifiers for a set of images, nobody having left early.
+    """Logits of all classifiers for a set of images, no image having left early.
 
     Attributes:
         logits: `[E + 1, n, K]` on the CPU, the exits' from shallow to deep, then the final ones.
@@ -156,8 +156,8 @@ def record(
             continue
         with autocast or nullcontext():
             outputs = model.forward_exits(batch.images.to(device))
-        opinions = torch.stack((*outputs.exits, outputs.final))
-        logits.append(opinions.to(torch.promote_types(opinions.dtype, torch.float32)).cpu())
+        stacked = torch.stack((*outputs.exits, outputs.final))
+        logits.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)).cpu())
         targets.append(batch.targets)
     if not logits:
         reason = f"; the first: {bad[0].name}: {bad[0].reason}" if bad else ""

@@ -123,14 +123,14 @@ def answers(recording: Recording, policy: Policy) -> tuple[Tensor, Tensor]:
     policy.check(recording.num_exits)
     exit_index = torch.full((len(recording),), recording.num_exits)
     predictions = recording.logits[-1].argmax(-1)
-    alive, state = torch.arange(len(recording)), policy.start(len(recording), torch.device("cpu"))
+    rows, state = torch.arange(len(recording)), policy.start(len(recording), torch.device("cpu"))
     for index in range(recording.num_exits):
-        logits = recording.logits[index, alive]
+        logits = recording.logits[index, rows]
         step = ExitStep(logits, *apply_rule(policy.rule(index), logits, state[:, :2]))
         step = policy.decide(step, state, index)
-        exit_index[alive[step.leave]] = index
-        predictions[alive[step.leave]] = step.logits[step.leave].argmax(-1)
-        alive, state = alive[~step.leave], state[~step.leave]
+        exit_index[rows[step.leave]] = index
+        predictions[rows[step.leave]] = step.logits[step.leave].argmax(-1)
+        rows, state = rows[~step.leave], state[~step.leave]
     return exit_index, predictions
 
 
@@ -180,7 +180,7 @@ def candidates(
 
     Args:
         kind: a key of `KINDS`.
-        num_exits: E; nobody can be more patient than that.
+        num_exits: E; no policy can wait for more exits.
         num_classes: K; an entropy cannot exceed log K nats.
         recording: thresholds between what its exits say are tried, too: a model's confidences may all
             lie between two of the fixed ones.

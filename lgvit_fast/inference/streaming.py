@@ -1,8 +1,8 @@
 """Answering a whole data set: refill instead of shrink.
 
 A batch that loses its easy images at every exit grows small, and small batches are slow. A stream keeps
-a queue before every segment instead: whoever stays joins the queue of the next segment, whoever leaves
-makes room for new images, and a segment runs when a full batch waits for it.
+a queue before every segment instead: an image that stays joins the queue of the next segment, one that
+leaves makes room for new images, and a segment runs when a full batch waits for it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Stream(Iterator[Answer]):
     it has been answered; then the stream is at its end. Any other exception (an interrupt, a policy
     that fails) comes at once and loses nothing, whenever it comes: iterating on continues, and `close`
     gives what is finished. Two things end it: an interrupt inside the loader's own code, after which
-    nobody knows what the loader would give next, and a step that fails 8 times in a row. Both raise a
+    what the loader would give next is unknown, and a step that fails 8 times in a row. Both raise a
     RuntimeError that says how many images were answered. Threads that share a stream take turns.
     """
 
@@ -253,7 +253,7 @@ class Stream(Iterator[Answer]):
         return min(tickets, key=lambda pair: pair[0].number)
 
     def _patience(self) -> float | None:
-        """Seconds until somebody has waited enough; None: nobody waits for time."""
+        """Seconds until an image has waited long enough; None without a limit in time."""
         if not any(self._state.queues):
             return None
         ticket, _ = self._oldest()

@@ -19,7 +19,7 @@ _owners: WeakSet[Any] = WeakSet()
 
 
 def add_lock(owner: Any) -> None:
-    """Give `owner` a lock; a forked child gets a fresh one, as nobody there would free the old."""
+    """Give `owner` a lock; a forked child gets a fresh one, as no thread there would free the old."""
     owner._lock = RLock()
     _owners.add(owner)
 

@@ -1,4 +1,4 @@
-"""A number that tells whether a tensor still holds what it held, whoever wrote to it and how."""
+"""A number that tells whether a tensor still holds what it held, however it was written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checksum(tensor: Tensor) -> int:
     """
     tensor = tensor.detach()
     if tensor.is_mkldnn or tensor.device.type == "meta":
-        return 0  # nobody can write to the one, the other holds nothing
+        return 0  # the one cannot be written to, the other holds nothing
     if _extension.why_missing(tensor.device) is None and tensor.device.type == "cpu":
         value: int = torch.ops.lgvit_fast.checksum(tensor.contiguous())
         return value

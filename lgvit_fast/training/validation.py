@@ -1,4 +1,4 @@
-"""Accuracy of every classifier on the validation images, nobody leaving early."""
+"""Accuracy of every classifier on the validation images, no image leaving early."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def validate(
     autocast: AbstractContextManager[Any] | None = None,
     bad: list[BadImage] | None = None,
 ) -> Accuracy:
-    """Accuracy of every classifier, nobody leaving early. Unreadable images are added to `bad`.
+    """Accuracy of every classifier, no image leaving early. Unreadable images are added to `bad`.
 
     Raises:
         BadImageError: at an unreadable image, if `bad` is None; or if none of the images can be read.
