@@ -15,7 +15,7 @@ SLOW = (
     "tests/test_docs.py::test_every_snippet_runs",
     "tests/test_docs.py::test_the_notebook_runs",
     "tests/test_model.py::TestCompile",
-    "tests/test_packaging.py::test_extension_of_another_torch_warns_once_and_falls_back",
+    "tests/test_packaging.py::test_extension_for_a_newer_torch_warns_once_and_falls_back",
     "tests/test_packaging.py::test_works_without_the_extension",
     "tests/test_packaging.py::test_works_without_triton",
     "tests/test_registry.py::test_names_are_there_whatever_is_imported_first",

@@ -39,6 +39,7 @@ SHORTER = {
     "train": [
         *("--stage1.epochs", "1", "--stage1.warmup-epochs", "0", "--stage2.epochs", "1"),
         *("--stage2.warmup-epochs", "0", "--workers", "0", "--batch-size", "4"),
+        *("--exits", "2", "--model-kwargs", "depth=4"),
     ],
     "eval": ["--timing-images", "2", "--timing-rounds", "1", "--timing-batch", "2"],
 }
@@ -186,13 +187,21 @@ def furnish(folder: Path) -> None:
         for place in ("photos/train", "photos/validation", "photos-test", "flowers"):
             _image(folder / place / name / f"{number}.jpg", number)
         _image(folder / "images" / f"{number}.jpg", number)
+        _image(folder / f"{name}.jpg", number)
     for name in ("train", "test"):
         (folder / "cifar10").mkdir(exist_ok=True)
         with tarfile.open(folder / "cifar10" / f"{name}.tar", "w") as tar:
             tar.add(folder / "photos-test", ".")
     torch.manual_seed(0)
     model = lgvit_fast.create_model(
-        "vit_tiny_patch16_224", num_classes=2, img_size=32, patch_size=8, embed_dim=32, num_heads=2
+        "vit_tiny_patch16_224",
+        num_classes=2,
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=2,
+        depth=4,
+        exits=[1, 3],
     )
     model.class_names = ["cat", "dog"]
     for place in ("run/stage2/best", "sdn/stage1/best", "cifar-run/stage2/best", "model"):
