@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lgvit_fast.ops.exit_step import ExitStep
 
-__all__ = ["ExitOutputs", "Inference", "TopK"]
+__all__ = ["ExitOutputs", "Inference", "TopK", "top_classes"]
 
 
 @dataclass
@@ -154,10 +154,7 @@ class Inference:
         Raises:
             ValueError: k is no positive integer.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k={k!r}, expected an integer of at least 1")
-        probabilities = torch.softmax(self.logits.float(), dim=-1)
-        return TopK(*probabilities.topk(min(k, self.logits.shape[-1]), dim=-1))
+        return top_classes(self.logits, k)
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -184,3 +181,15 @@ class Inference:
         flagged = int(self.nonfinite.sum())
         rest = f"; {flagged} nonfinite" if flagged else ""
         return f"Inference({len(self)} images: {left}{rest})"
+
+
+def top_classes(logits: Tensor, k: int) -> TopK:
+    """The k likeliest classes of logits `[..., K]`; at most K are given.
+
+    Raises:
+        ValueError: k is no positive integer.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k={k!r}, expected an integer of at least 1")
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    return TopK(*probabilities.topk(min(k, logits.shape[-1]), dim=-1))

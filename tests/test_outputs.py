@@ -88,3 +88,16 @@ def test_predict_takes_files_and_pictures_alike(tmp_path):
         model.predict([paths[0], tmp_path / "text.png"])
     with pytest.raises(ValueError, match="3, expected a path"):
         model.predict([3])
+
+
+def test_an_answer_of_a_stream_has_the_same():
+    model = tiny_model(exits=[2, 4])
+    model.class_names = list("abcdefg")
+    expected = model.infer(images(3), Replay([0, 1, 2]))
+    answers = list(lgvit_fast.stream(model, [images(3)], 3, policy=Replay([0, 1, 2])))
+    assert [answer.prediction for answer in answers] == expected.prediction.tolist()
+    assert [answer.name for answer in answers] == expected.names
+    assert answers[0].confidence == pytest.approx(expected.confidence[0].item(), abs=1e-4)
+    assert torch.equal(answers[1].topk(2).classes, expected.topk(2).classes[1])
+    assert answers[0].to(dtype=torch.bfloat16).cpu().logits.dtype == torch.bfloat16
+    assert repr(answers[2]) == f"Answer(image 2: {expected.names[2]!r} after block 6)"

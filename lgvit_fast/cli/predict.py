@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from lgvit_fast.data.batches import Batch
     from lgvit_fast.deploy import Answers, Deployed
+    from lgvit_fast.inference import Engine
     from lgvit_fast.model import LGViT
     from lgvit_fast.outputs import Inference
 
@@ -129,17 +130,19 @@ def _rows(
     from lgvit_fast.data.batches import Batches, Loader
     from lgvit_fast.data.sources import ImageSource
     from lgvit_fast.data.transforms import InputSpec, eval_transform
+    from lgvit_fast.inference import Engine
 
     if not paths:
         return
     spec = InputSpec.of(model.backbone)
     mode = "L" if spec.channels == 1 else "RGB"
     source = ImageSource(_Files(paths), eval_transform(spec), mode)
+    engine = Engine(model, max_batch=args.batch_size)
     batches = Batches(len(paths), args.batch_size, training=False)
     start = 0
     for batch in Loader(source, batches, args.workers).epoch():
         stop = min(start + args.batch_size, len(paths))
-        found = _answer(model, batch, names, args, start == 0) if len(batch.targets) else []
+        found = _answer(engine, batch, names, args) if len(batch.targets) else []
         answers = iter(found)
         bad = iter(batch.bad)
         read = set(batch.targets.tolist())
@@ -179,7 +182,7 @@ def _exported_rows(
 
 
 def _answer(
-    model: LGViT, batch: Batch, names: list[str], args: argparse.Namespace, first: bool
+    engine: Engine, batch: Batch, names: list[str], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     from contextlib import nullcontext
 
@@ -187,14 +190,14 @@ def _answer(
 
     from lgvit_fast.clock import synchronize
 
-    device = next(model.parameters()).device
+    device = next(engine.model.parameters()).device
     images = batch.images.to(device)
-    with torch.inference_mode(), autocast_of(args, model) or nullcontext():
-        if first:
-            model.infer(images[:1])  # folds weights and chooses kernels; not the images' time
+    with torch.inference_mode(), autocast_of(args, engine.model) or nullcontext():
+        if not engine.report().segments[0].runs:
+            engine(images[:1])  # prepares weights and chooses kernels; not the images' time
         synchronize(device)
         began = time.perf_counter()
-        result = model.infer(images)
+        result = engine(images)
         synchronize(device)
     milliseconds = 1000 * (time.perf_counter() - began) / len(images)
     return _described(result, milliseconds, names, args.topk)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.clock import Spread, take_turns
+from lgvit_fast.inference import Engine
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 
@@ -25,7 +26,7 @@ class Timing:
         images: images per round.
         rounds: how often each side ran over all of them.
         dense_ms: milliseconds per image, the backbone run to the end, without any head.
-        early_ms: milliseconds per image, `LGViT.infer`.
+        early_ms: milliseconds per image, an `Engine` of the model (an exported model as it is).
         ratio: dense / early of each round, so that a slow moment hits both sides.
         layer_ratio: L / mean exit layer of these images, to hold the ratio against.
     """
@@ -50,7 +51,7 @@ def compare(
     warmup: int = 2,
     autocast: AbstractContextManager[Any] | None = None,
 ) -> Timing:
-    """Time `model.infer` against `model.backbone`, both warm, in alternating rounds.
+    """Time an engine of the model against its backbone, both warm, in alternating rounds.
 
     Args:
         model: in eval mode.
@@ -71,6 +72,7 @@ def compare(
         )
     device = next(model.parameters()).device
     batches = images.to(device).split(batch_size)
+    answer = Engine(model, max_batch=batch_size) if isinstance(model, LGViT) else model.infer
     layers: list[Tensor] = []
 
     def dense() -> None:
@@ -78,7 +80,7 @@ def compare(
             model.backbone(batch)
 
     def early() -> None:
-        layers[:] = [model.infer(batch, policy).exit_layer for batch in batches]
+        layers[:] = [answer(batch, policy).exit_layer for batch in batches]
 
     with autocast or nullcontext():
         times = take_turns({"dense": dense, "early": early}, device, rounds, warmup=warmup)

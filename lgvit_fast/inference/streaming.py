@@ -7,9 +7,10 @@ leaves makes room for new images, and a segment runs when a full batch waits for
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -31,13 +32,14 @@ from lgvit_fast.inference.report import Report, Tally
 from lgvit_fast.inference.turns import add_lock, take_turn
 from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
+from lgvit_fast.outputs import TopK, top_classes
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
 
 __all__ = ["Answer", "Stream", "stream"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Answer:
     """One image's answer.
 
@@ -48,6 +50,7 @@ class Answer:
         exit_layer: the block after which it left, from 1.
         nonfinite: as `Inference.nonfinite`.
         target: what came with the image in the loader's batch, or None.
+        class_names: what the K classes are called, or None.
     """
 
     index: int
@@ -56,6 +59,46 @@ class Answer:
     exit_layer: int
     nonfinite: bool
     target: Any
+    class_names: Sequence[str] | None = None
+
+    @property
+    def prediction(self) -> int:
+        """The class with the largest logit."""
+        return int(self.logits.argmax())
+
+    @property
+    def confidence(self) -> float:
+        """The largest softmax probability."""
+        return float(torch.softmax(self.logits.float(), dim=-1).amax())
+
+    @property
+    def name(self) -> str:
+        """The name of the predicted class; its number where the model has no names."""
+        return (
+            str(self.prediction) if self.class_names is None else self.class_names[self.prediction]
+        )
+
+    def topk(self, k: int = 5) -> TopK:
+        """The k likeliest classes: probabilities `[k]` float32, descending, and classes `[k]` int64.
+
+        Raises:
+            ValueError: k is no positive integer.
+        """
+        return top_classes(self.logits, k)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Answer:
+        """The same with its logits on another device or in another dtype."""
+        return dataclasses.replace(self, logits=self.logits.to(device=device, dtype=dtype))
+
+    def cpu(self) -> Answer:
+        """The same with its logits on the CPU."""
+        return self.to("cpu")
+
+    def __repr__(self) -> str:
+        flagged = ", nonfinite" if self.nonfinite else ""
+        return f"Answer(image {self.index}: {self.name!r} after block {self.exit_layer}{flagged})"
 
 
 class _Ticket(NamedTuple):
@@ -340,8 +383,9 @@ class Stream(Iterator[Answer]):
         gone = [i for i, leaves in enumerate(left) if leaves]
         stay = [i for i, leaves in enumerate(left) if not leaves]
         leavers = zip([batch[i] for i in gone], step.logits[gone].unbind(), strict=True)
+        names = self._engine.model.class_names
         answers = [
-            Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target)
+            Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target, names)
             for t, row in leavers
         ]
         survivors = zip(tokens[stay].unbind(), state[stay].unbind(), strict=True)

@@ -5,17 +5,25 @@ import torch
 
 from lgvit_fast import Replay
 from lgvit_fast.clock import Spread
+from lgvit_fast.evaluation import timing as timing_module
 from lgvit_fast.evaluation.timing import compare
+from lgvit_fast.inference import Engine
 from tests.helpers import images, tiny_model
 
 
 def test_both_sides_see_all_images_in_alternating_rounds(monkeypatch):
     model, calls = tiny_model(exits=2), []
-    dense, early = model.backbone.forward, model.infer
+    dense = model.backbone.forward
+
+    class Recorded(Engine):
+        def __call__(self, x, policy=None):
+            calls.append(("early", len(x)))
+            return super().__call__(x, policy)
+
     monkeypatch.setattr(
         model.backbone, "forward", lambda x: calls.append(("dense", len(x))) or dense(x)
     )
-    monkeypatch.setattr(model, "infer", lambda x, p: calls.append(("early", len(x))) or early(x, p))
+    monkeypatch.setattr(timing_module, "Engine", Recorded)
     timing = compare(model, images(5), batch_size=2, rounds=2, warmup=1)
     turns = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert all([size for _, size in turn] == [2, 2, 1] for turn in turns)

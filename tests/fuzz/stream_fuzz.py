@@ -81,11 +81,12 @@ def fake_engine() -> Any:
     """What a stream asks of an engine, with segments that cost nothing."""
     model = SimpleNamespace(
         num_blocks=NUM_EXITS + 1,
+        class_names=None,
         parameters=lambda: iter([torch.zeros(1)]),
         admit=lambda images, policy: policy,
     )
     segments = tuple(Segment(index) for index in range(NUM_EXITS + 1))
-    return SimpleNamespace(exits=(1, 2), model=model, segments=segments, generation=1)
+    return SimpleNamespace(exits=(1, 2), model=model, segments=segments)
 
 
 def batches(case: Case) -> list[Any]:
