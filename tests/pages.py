@@ -217,6 +217,7 @@ def _image(path: Path, seed: int) -> None:
 
 def run_page(page: Path) -> None:
     """Run every block of a page in the current folder; raises what a block raises."""
+    torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": page.stem}
     for block in blocks(page.read_text()):
         if block.language in ("python", "setup") and not block.reason:
