@@ -135,6 +135,7 @@ class Deployed:
         saved = self.manifest.certificate
         self.certificate = None if saved is None else Certificate.from_dict(saved)
         self._lock = threading.Lock()
+        self._left = np.zeros(len(self.exits) + 1, np.int64)
         self._graphs: list[Graph] = []
         for index, segment in enumerate(self.manifest.segments):
             data = self.manifest.read(folder, index)
@@ -193,7 +194,17 @@ class Deployed:
                     break
                 tokens, rows = output.tokens[:count], rows[:count]
                 broken, state = broken[:count], state[:count]
+            self._left += np.bincount(answers.exit_index, minlength=len(self._left))
         return answers
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Images that have left at each exit, and that ran to the end: for `Certificate.check`."""
+        return tuple(self._left.tolist())
+
+    def reset_left(self) -> None:
+        """Begin these counts anew."""
+        self._left[:] = 0
 
     def forward_exits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run every image to the end and ask every exit: logits `[E + 1, B, K]`, the final last."""

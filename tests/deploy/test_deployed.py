@@ -1,5 +1,7 @@
 """The runtime side: `infer`'s answers, without torch."""
 
+import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -17,6 +19,8 @@ import lgvit_fast
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.deploy import Deployed
 from lgvit_fast.deploy.runtimes import RUNTIMES, why_missing
+from lgvit_fast.evaluation import record
+from lgvit_fast.evaluation.learning import fit_learned
 from tests.deploy import exports
 from tests.helpers import images
 
@@ -341,3 +345,52 @@ def test_the_loop_of_the_document(tmp_path, monkeypatch):
         logits, layer = names["classify"](x.numpy(), threshold)
         assert layer.tolist() == expected.exit_layer.tolist()
         np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4)
+
+
+def test_the_learned_rule_answers_as_in_torch(deployed):
+    model = exports.model()
+    recording = record(model, images(120, seed=5).split(40))
+    fitted = fit_learned(recording)
+    counts = set()
+    for threshold in (-2.0, -0.5, 0.5):
+        policy = dataclasses.replace(fitted, threshold=threshold)
+        expected = model.infer(images(40), policy)
+        answers = deployed(images(40).numpy(), policy)
+        counts |= set(expected.exit_index.tolist())
+        assert answers.exit_index.tolist() == expected.exit_index.tolist()
+        np.testing.assert_allclose(answers.logits, expected.logits.numpy(), atol=2e-4)
+        assert answers.prediction.tolist() == expected.prediction.tolist()
+        np.testing.assert_allclose(answers.confidence, expected.confidence.numpy(), atol=1e-4)
+    assert len(counts) > 1
+
+
+def test_images_are_counted_where_they_leave(deployed):
+    deployed.reset_left()
+    deployed(images(3).numpy(), lgvit_fast.Replay([0, 4, 1]))
+    deployed(images(2).numpy(), lgvit_fast.Replay([1, 1]))
+    assert deployed.left == (1, 3, 0, 0, 1)
+    deployed.reset_left()
+    assert sum(deployed.left) == 0
+
+
+def test_the_likeliest_classes(deployed):
+    x = images(4)
+    answers, expected = deployed(x.numpy()), exports.model().infer(x)
+    assert answers.topk(3).classes.tolist() == expected.topk(3).classes.tolist()
+    np.testing.assert_allclose(
+        answers.topk(3).probabilities, expected.topk(3).probabilities.numpy(), atol=1e-5
+    )
+
+
+def test_policy_and_certificate_travel_with_the_export(tmp_path):
+    model = copy.deepcopy(exports.model())
+    found = lgvit_fast.calibrate(
+        model, [images(60, seed=n) for n in range(10)], min_agreement=60, confidence=0.8
+    )
+    model.policy, model.certificate = found.policy, found.certificate
+    lgvit_fast.export(model, tmp_path / "exported")
+    deployed = open_export("onnxruntime", tmp_path / "exported")
+    assert deployed.policy == found.policy
+    assert deployed.certificate == found.certificate
+    deployed(images(20).numpy())
+    assert deployed.certificate.check(deployed.left).alike
