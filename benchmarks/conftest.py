@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lgvit_fast.bench.machine import machine
+from lgvit_fast.machine import machine
 
 
 def pytest_benchmark_update_machine_info(

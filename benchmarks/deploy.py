@@ -163,8 +163,8 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Every way at every batch size under every trace."""
-    from lgvit_fast.bench.machine import machine
     from lgvit_fast.bench.traces import TRACES
+    from lgvit_fast.machine import machine
 
     traces = [TRACES["0.9"], TRACES["0.8"]]
     shared = ["--model", args.model, "--classes", str(args.classes), "--folder", str(folder)]

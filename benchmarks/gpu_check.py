@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lgvit_fast import _extension, ops
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.heads import ExitHead, ExitSpec
+from lgvit_fast.machine import machine
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
 ROOT = Path(__file__).parents[1]

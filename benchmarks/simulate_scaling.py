@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 import lgvit_fast
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.bench.traces import REAL_TRACE, Trace
 from lgvit_fast.inference import Costs, Engine, measure_costs, stream
+from lgvit_fast.machine import machine
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 

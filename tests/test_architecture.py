@@ -26,7 +26,7 @@ ORDER = [
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 # Imports against the order, each with its reason: at the top of a file, and inside functions.
-AT_THE_TOP = {("evaluation", "bench"): "a report names the machine (bench/machine.py)"}
+AT_THE_TOP: dict[tuple[str, str], str] = {}
 IN_FUNCTIONS = {
     ("model", "checkpoints"): "save_pretrained and its like are methods of the model",
     ("model", "data"): "predict takes files",

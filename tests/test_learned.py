@@ -8,7 +8,7 @@ import torch
 
 import lgvit_fast
 from lgvit_fast import Engine, Learned, policies, stream
-from lgvit_fast.evaluation import record, replay
+from lgvit_fast.evaluation import Recording, record, replay
 from lgvit_fast.evaluation.learning import fit_learned
 from lgvit_fast.evidence import INPUTS, evidence, log_softmax
 from lgvit_fast.ops.exit_step import ExitStep, apply_rule
@@ -193,3 +193,15 @@ def test_another_model_is_refused(policy):
         tiny_model(exits=3).policy = policy
     with pytest.raises(ValueError, match="7 classes, the model has 5"):
         tiny_model(exits=4, num_classes=5).infer(images(2), policy)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3], ids=str)
+@pytest.mark.parametrize("noise", [0.0, 3.0], ids=["exits equal", "exits differ"])
+def test_any_recording_can_be_fitted(scale, noise):
+    draw = torch.Generator().manual_seed(0)
+    final = torch.randn(60, 5, generator=draw)
+    exits = [final + noise * torch.randn(60, 5, generator=draw) for _ in range(3)]
+    logits = scale * torch.stack((*exits, final))
+    fitted = fit_learned(Recording(logits, None, (2, 4, 6, 8)))
+    numbers = torch.tensor([fitted.mixture, fitted.sharpness])
+    assert numbers.isfinite().all() and (numbers > 0).all()

@@ -22,10 +22,10 @@ import torch
 
 from lgvit_fast import ops
 from lgvit_fast.arguments import count
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.checkpoints.files import save_json
 from lgvit_fast.clock import take_turns
 from lgvit_fast.heads import ExitHead, ExitSpec
+from lgvit_fast.machine import machine
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
 __all__ = ["HEADS", "Row", "bench_heads", "calls", "configure", "markdown", "run"]

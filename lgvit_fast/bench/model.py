@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lgvit_fast.arguments import UsageError, count
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.bench.traces import TRACES, Trace
 from lgvit_fast.bench.ways import Way, ways
 from lgvit_fast.checkpoints.files import save_json, write_atomic
 from lgvit_fast.clock import seconds as seconds_of
 from lgvit_fast.inference import Plan, plan_exits
+from lgvit_fast.machine import machine
 from lgvit_fast.model import LGViT, create_model
 from lgvit_fast.ops.torch_private import profiled_allocations
 from lgvit_fast.policies import Replay

@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
 
     import lgvit_fast.model  # noqa: F401  its ops register themselves
     from lgvit_fast import _extension
-    from lgvit_fast.bench.machine import machine
+    from lgvit_fast.machine import machine
     from lgvit_fast.ops import report
 
     built = _extension.facts()

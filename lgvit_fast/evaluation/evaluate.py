@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.data.batches import Batch, Batches, Loader, Source
 from lgvit_fast.evaluation.examples import Examples, pick_examples
 from lgvit_fast.evaluation.recording import Recording, record
 from lgvit_fast.evaluation.timing import Timing, compare
 from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, sweep
+from lgvit_fast.machine import machine
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
 

@@ -17,6 +17,7 @@ __all__ = ["fit_learned"]
 
 _MIXTURE_IMAGES = 2000  # a few weights need no more
 _RIDGE = 1e-3
+_MOST_LOG = 10.0  # of a weight or scale
 
 
 def fit_learned(recording: Recording) -> Learned:
@@ -50,21 +51,26 @@ def fit_learned(recording: Recording) -> Learned:
 def _fit_mixture(logits: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
     """Weights `[E]` and scales `[E]`, both positive, for logits `[E, n, K]`."""
     exits, count = logits.shape[:2]
-    log_p = log_softmax(logits).clamp_min(-100.0)
+    log_p = log_softmax(logits).clamp_min(-100.0).double()
     final = final[:count]
     depth = torch.arange(1.0, exits + 1)
-    parameters = torch.zeros(2, exits, requires_grad=True)
+    parameters = torch.zeros(2, exits, dtype=torch.float64, requires_grad=True)
 
     def loss() -> Tensor:
-        weight, scale = parameters.unbind()
+        weight, scale = _bounded(parameters).unbind()
         total = (weight.exp()[:, None, None] * log_p).cumsum(0)
         together = (scale.exp() / depth)[:, None, None] * total
         entropy = F.cross_entropy(together.flatten(0, 1), final.repeat(exits), reduction="sum")
         return entropy / count + _RIDGE * (weight**2).sum()
 
     _minimise(loss, parameters)
-    weight, scale = parameters.detach().unbind()
+    weight, scale = _bounded(parameters).detach().unbind()
     return weight.exp(), scale.exp() / depth
+
+
+def _bounded(parameters: Tensor) -> Tensor:
+    """Logarithms kept where their exponentials are finite: exits that are always right ask for more."""
+    return parameters.clamp(-_MOST_LOG, _MOST_LOG)
 
 
 def _fit_logistic(inputs: Tensor, enough: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lgvit_fast.bench.machine import machine
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.data.batches import BadImage, Batch, Key, Source
 from lgvit_fast.data.seeds import generator
@@ -24,6 +23,7 @@ from lgvit_fast.evaluation.report.rows import ENGINES, PRECISIONS, LeftOut, Row,
 from lgvit_fast.evaluation.report.verdict import Verdict, verdicts
 from lgvit_fast.evaluation.report.worker import Task
 from lgvit_fast.evaluation.tradeoff import Point, answers, candidates, measure, sweep
+from lgvit_fast.machine import machine
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import to_dict
 
