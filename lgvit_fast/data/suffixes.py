@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import timm.data
-
 __all__ = ["IMAGE_SUFFIXES", "is_image", "timm_reads_all"]
 
 # In small letters; capitals are the same.
@@ -23,6 +21,8 @@ def is_image(name: str) -> bool:
 @contextmanager
 def timm_reads_all() -> Iterator[None]:
     """Inside the block timm's readers list all these files, rather than JPEG and PNG alone."""
+    import timm.data  # the names serve exported models, too, where timm is not installed
+
     before = timm.data.get_img_extensions()
     timm.data.set_img_extensions(IMAGE_SUFFIXES)
     try:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lgvit_fast.data.images import upright
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.deploy.preprocess import INTERPOLATIONS, Preprocessing
 
@@ -19,7 +20,7 @@ def both(image, size, crop_pct, interpolation="bicubic", mean=MEAN, std=STD):
     """What timm makes of an image, and what we do; both in grey levels."""
     facts = (len(mean), size, mean, std, interpolation, crop_pct)
     mode = "L" if len(mean) == 1 else "RGB"
-    expected = eval_transform(InputSpec(*facts))(image.convert(mode)).numpy()
+    expected = eval_transform(InputSpec(*facts))(upright(image, mode)).numpy()
     got = Preprocessing(*facts)(image)
     assert got.dtype == np.float32 and got.shape == expected.shape == (len(mean), *size)
     scale = np.array(std, np.float32)[:, None, None] * 255
