@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 only if all went well, 2 for a usage that makes no sense, else 1.
     """
-    _accept_any_name()
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = argparse.Namespace(command="", debug="--debug" in arguments)
     try:
+        _accept_any_name()
         args = _parser(arguments).parse_args(arguments, args)
         code: int = args.run(args)
         sys.stdout.flush()
