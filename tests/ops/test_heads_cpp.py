@@ -229,7 +229,10 @@ def test_inference_mode_autocast_and_gradients():
 def test_prepared_weights_follow_changes(monkeypatch):
     monkeypatch.setenv("LGVIT_LINEAR", "packed")
     tokens = tokens_of(2, (4, 4), 1, 64, torch.float32)
-    weights, qkv = lph_weights(64, torch.float32, full=False), torch.randn(192, 64)
+    weights, qkv = (
+        lph_weights(64, torch.float32, full=False),
+        torch.randn(192, 64, generator=torch.Generator().manual_seed(0)),
+    )
     before = gah_pool(tokens, (4, 4), 1, qkv, backend="cpp")
     lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
     weights.weight.mul_(2)
@@ -237,9 +240,8 @@ def test_prepared_weights_follow_changes(monkeypatch):
     after = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
     torch.testing.assert_close(after, lph_pool_reference(tokens, (4, 4), 1, weights))
     changed = gah_pool(tokens, (4, 4), 1, qkv, backend="cpp")
-    torch.testing.assert_close(
-        changed, gah_pool_reference(tokens, (4, 4), 1, qkv, 8, 2, "subsample")
-    )
+    expected = gah_pool_reference(tokens, (4, 4), 1, qkv, 8, 2, "subsample")
+    torch.testing.assert_close(changed, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(before, changed)
     weights.weight.data.mul_(0.5)  # escapes the version counter
     after = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
