@@ -74,11 +74,11 @@ TORCH_LIBRARY_FRAGMENT(lgvit_fast, m) {
 }
 
 TORCH_LIBRARY_IMPL(lgvit_fast, ADInplaceOrView, m) {
-  for (const char* name : {"compact_", "exit_step_cpp"})
+  for (const char* name : {"compact_", "end_exit_", "exit_step_cpp"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&bump_versions>());
 }
 
 TORCH_LIBRARY_IMPL(lgvit_fast, Autograd, m) {
-  for (const char* name : {"compact_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"})
+  for (const char* name : {"compact_", "end_exit_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }

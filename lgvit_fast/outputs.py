@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lgvit_fast.ops.exit_step import ExitStep
-
 __all__ = ["ExitOutputs", "Inference", "TopK", "top_classes"]
 
 
@@ -74,7 +72,7 @@ class Inference:
         device: torch.device,
         class_names: Sequence[str] | None = None,
     ) -> Inference:
-        """Zeros, to be filled by `record`."""
+        """Zeros, to be filled as images leave."""
         return cls(
             logits=torch.zeros(batch, num_classes, dtype=dtype, device=device),
             exit_index=torch.zeros(batch, dtype=torch.int64, device=device),
@@ -82,20 +80,6 @@ class Inference:
             nonfinite=torch.zeros(batch, dtype=torch.bool, device=device),
             class_names=class_names,
         )
-
-    def record(self, rows: Tensor, index: int, layer: int, step: ExitStep) -> None:
-        """Write an exit's logits for all who reached it; later exits overwrite those who go on.
-
-        Args:
-            rows: `[n]` int64, the place here of each image in `step`.
-            index: the exit, from 0.
-            layer: the block before it, from 1.
-            step: the exit's logits.
-        """
-        self.logits.index_copy_(0, rows, step.logits.to(self.logits.dtype))
-        self.exit_index.index_fill_(0, rows, index)
-        self.exit_layer.index_fill_(0, rows, layer)
-        self.nonfinite.index_copy_(0, rows, self.nonfinite[rows] | ~step.valid)
 
     @classmethod
     def cat(cls, parts: Sequence[Inference]) -> Inference:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lgvit_fast.backbones import Backbone
 from lgvit_fast.heads import ExitHead
-from lgvit_fast.ops.compact import compact_
+from lgvit_fast.ops.end_exit import end_exit_
 from lgvit_fast.ops.exit_step import ExitStep
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import NEVER, Policy
@@ -48,8 +48,7 @@ def run_segments(
     for segment in segments:
         tokens = segment.blocks(tokens, image_size, observe)
         step = segment.exit(tokens, state, image_size, policy)
-        answer.record(rows, segment.index, segment.stop, step)
-        count = 0 if segment.is_last else compact_(tokens, ~step.leave, rows, state)
+        count = end_exit_(step, tokens, rows, state, answer.tensors(), segment.index, segment.stop)
         observe("exit", segment, len(rows))
         if not count:
             return

@@ -7,4 +7,12 @@ STABLE_TORCH_LIBRARY(lgvit_fast, m) {
   // Moves the rows of each tensor [B, ...] that `keep` [B] marks to the front, the same way in all,
   // and writes their number to `count` [1] int64 (CUDA: in pinned memory or on the device).
   m.def("compact_(Tensor(a!)[] tensors, Tensor keep, Tensor(b!) count) -> ()");
+
+  // All that follows an exit's decision: writes the answers of the images that leave and packs the
+  // others into the first rows, the same way in tokens, rows and state. lgvit_fast/ops/end_exit.py
+  // says what each argument is. No allocation and no wait: fit for a CUDA graph.
+  m.def(
+      "end_exit_(Tensor logits, Tensor leave, Tensor valid, Tensor(a!) tokens, Tensor(b!)? into,"
+      " Tensor(c!) rows, Tensor(d!) state, Tensor(e!)[] answer, Tensor? entering, Tensor(f!)[] counts,"
+      " Tensor(g!)? scratch, int index, int layer) -> ()");
 }

@@ -2,8 +2,8 @@
 
 All segments read their input from one set of buffers and leave the survivors in its first rows, so
 any segment can follow at any batch size. Rows beyond the survivors are padding: they hold tokens
-of images that left, write their answers to a spare row, and can meet no real row, since every
-operation of a segment treats rows independently.
+of images that left, are answered nowhere, and can meet no real row, since every operation of a
+segment treats rows independently.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.inference.report import Tally
+from lgvit_fast.ops.end_exit import Counts, end_exit_
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
@@ -91,16 +92,18 @@ class BucketRunner:
         self._segments, self._policy = segments, policy
         self._buckets, self._capture, self._speculate = tuple(buckets), capture, speculate
         self._image_size = (sample.shape[2], sample.shape[3])
-        self._spare = rows  # the answer row that padding writes to
         state = policy.part(0, 1).start(1, device)
         self.images = sample.new_zeros(rows, *sample.shape[1:])
         self.tokens = self._buffers(sample, state.clone())
         self.state = state.new_zeros(rows, *state.shape[1:])
-        self.rows = torch.full((rows,), self._spare, device=device)
-        self.answer = blank(rows + 1)
+        self.rows = torch.arange(rows, device=device)
+        self.answer = blank(rows + 1)  # the last may be written by padding
         self._all_rows = torch.arange(rows, device=device)
         on_gpu = device.type == "cuda"
-        self.counts = torch.zeros(len(segments), dtype=torch.int64, pin_memory=on_gpu)
+        # Images before each segment and after the last, and where the host reads those after each.
+        self._entering = torch.zeros(len(segments) + 1, dtype=torch.int64, device=device)
+        self.counts = self._entering[1:].cpu().pin_memory() if on_gpu else self._entering[1:]
+        self._scratch = torch.zeros(1, dtype=torch.int32, device=device)
         self._events = [torch.cuda.Event() if on_gpu else None for _ in segments]
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._done = torch.cuda.Event() if on_gpu else None
@@ -113,8 +116,8 @@ class BucketRunner:
             torch.cuda.current_stream(images.device).wait_event(self._done)
         self.images[:batch].copy_(images)
         self.state[:batch].copy_(policy.start(batch, images.device))
-        self.rows.fill_(self._spare)
         self.rows[:batch].copy_(self._all_rows[:batch])
+        self._entering[0].fill_(batch)
         self.answer.nonfinite.zero_()
 
         known = arrived = batch  # what the host knows of, and what really entered a segment
@@ -168,14 +171,12 @@ class BucketRunner:
         return self._steps[place, bucket]
 
     def _captured(self, place: int, bucket: int) -> Callable[[], None]:
-        def work() -> None:
-            with _no_autocast_cache():
-                self._work(place, bucket)
+        work = self._work(place, bucket)
 
         # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
         # the segment on what is in the buffers, so they are put back.
         once = {id(buffer): buffer for buffer in self.tokens[1:]}
-        buffers = (*once.values(), self.state, self.rows, *self.answer.tensors())
+        buffers = (*once.values(), self.state, self.rows, self._entering, *self.answer.tensors())
         saved = [buffer.clone() for buffer in buffers]
         if self._pool is not None:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -191,21 +192,36 @@ class BucketRunner:
             buffer.copy_(content)
         return step
 
-    def _work(self, place: int, bucket: int) -> None:
+    def _work(self, place: int, bucket: int) -> Callable[[], None]:
         """One segment on the first `bucket` rows; its survivors end up in the first rows."""
         segment = self._segments[place]
-        state, rows = self.state[:bucket], self.rows[:bucket]
-        tokens, step = segment(self.tokens[place][:bucket], state, self._image_size, self._policy)
-        self.answer.record(rows, segment.index, segment.stop, step)
-        if segment.is_last:
-            return
-        keep = ~step.leave & (rows != self._spare)
-        order, count = _survivors_first(keep)
-        torch.index_select(tokens, 0, order, out=self.tokens[place + 1][:bucket])
-        state.copy_(state[order])
-        padding = torch.arange(bucket, device=count.device) >= count
-        rows.copy_(rows[order].masked_fill_(padding, self._spare))
-        self.counts[place].copy_(count, non_blocking=True)
+        tokens, state, rows = self.tokens[place][:bucket], self.state[:bucket], self.rows[:bucket]
+        into = None if segment.is_last else self.tokens[place + 1]
+        answer = self.answer.tensors()
+        told = self.counts[place : place + 1] if self._pool is not None else None
+        counts = Counts(
+            entering=self._entering[place : place + 1],
+            survivors=self._entering[place + 1 : place + 2],
+            told=told,
+            scratch=self._scratch,
+        )
+
+        def work() -> None:
+            with _no_autocast_cache():
+                after, step = segment(tokens, state, self._image_size, self._policy)
+                end_exit_(
+                    step,
+                    after,
+                    rows,
+                    state,
+                    answer,
+                    segment.index,
+                    segment.stop,
+                    into=into,
+                    counts=counts,
+                )
+
+        return work
 
     def _mark(self, place: int) -> None:
         event = self._events[place]
@@ -229,15 +245,3 @@ def _no_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-def _survivors_first(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The order `[B]` that puts rows to keep before the others, each in their order, and how many.
-
-    Sizes do not depend on the values, so a graph can hold it.
-    """
-    kept = keep.cumsum(0)
-    count = kept[-1]
-    rows = torch.arange(len(keep), device=keep.device)
-    place = torch.where(keep, kept - 1, count + rows - kept)
-    return torch.empty_like(rows).scatter_(0, place, rows), count

@@ -11,7 +11,7 @@ from lgvit_fast.ops.dispatch import Backend, Op
 
 __all__ = ["compact_"]
 
-_MAX_CUDA_ROWS = 8192  # kMaxRows of csrc/stable/cuda/compact_kernel.h
+MAX_CUDA_ROWS = 8192  # kMaxRows of csrc/stable/cuda/rows.h
 
 
 @torch.compiler.disable  # the count is read on the host: the one break an exit cannot avoid
@@ -150,8 +150,8 @@ def _compact_cpp(keep: Tensor, tensors: tuple[Tensor, ...], stable: bool) -> int
 def _refuse_cpp(keep: Tensor, tensors: tuple[Tensor, ...], stable: bool) -> str | None:
     if stable:
         return "it keeps no order, and stable=True asks for it"
-    if keep.is_cuda and keep.shape[0] > _MAX_CUDA_ROWS:
-        return f"the CUDA kernel takes at most {_MAX_CUDA_ROWS} rows"
+    if keep.is_cuda and keep.shape[0] > MAX_CUDA_ROWS:
+        return f"the CUDA kernel takes at most {MAX_CUDA_ROWS} rows"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient, and a tensor requires one"
     return None

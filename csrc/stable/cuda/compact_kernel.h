@@ -1,22 +1,11 @@
-// The CUDA kernel of compact_, free of torch so that it compiles in seconds for every architecture.
+// The CUDA kernel of compact_.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
+#include "rows.h"
 
 namespace lgvit {
 
 constexpr int kMaxTensors = 16;  // of one launch
-constexpr int kMaxRows = 8192;   // B; the plan is kept in shared memory
-
-// A tensor [B, ...] as B rows of `units` accesses of `width` bytes.
-struct Rows {
-  char* data;
-  int64_t stride;  // bytes from one row to the next
-  uint32_t units;
-  uint32_t width;  // 1, 2, 4, 8 or 16; divides data, stride and the bytes of a row
-};
 
 struct CompactArgs {
   Rows tensors[kMaxTensors];

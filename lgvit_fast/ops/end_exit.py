@@ -1,0 +1,225 @@
+"""The end of an exit: the answers of the images that leave, and the others packed together.
+
+Everything that follows the decision, in one operation: on a GPU one launch without a wait, that a CUDA
+graph can hold. The moves are those of `compact_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgvit_fast import _extension
+from lgvit_fast.exit_rules import ExitStep
+from lgvit_fast.ops.compact import MAX_CUDA_ROWS, compact_
+from lgvit_fast.ops.dispatch import Backend, Op
+
+__all__ = ["Counts", "end_exit_"]
+
+
+class Counts(NamedTuple):
+    """Where the numbers of images before and after an exit stand, for an exit that nobody waits for.
+
+    Attributes:
+        entering: `[1]` int64 on the device: how many rows hold images; those behind are padding,
+            which is neither answered nor moved.
+        survivors: `[1]` int64: receives how many stay, on the device.
+        told: `[1]` int64: receives it too, in pinned memory, for the host to read after an event; None
+            where the device is the host.
+        scratch: `[1]` int32 on the device, zero before and after; a CUDA device needs it.
+    """
+
+    entering: Tensor
+    survivors: Tensor
+    told: Tensor | None
+    scratch: Tensor
+
+
+@torch.compiler.disable  # the count is read on the host: the one break an exit cannot avoid
+def end_exit_(
+    step: ExitStep,
+    tokens: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    answer: Sequence[Tensor],
+    index: int,
+    layer: int,
+    *,
+    into: Tensor | None = None,
+    counts: Counts | None = None,
+    backend: str | None = None,
+) -> int | None:
+    """Answer the images that leave and pack the others into the first rows, in place.
+
+    The n that stay come to the first n rows of `tokens`, `rows` and `state`, in one order; which
+    order is free. Only those at rows >= n move. The rows behind hold nothing of use.
+
+    Args:
+        step: the exit's logits `[B, K]` in the dtype of the answer, who leaves, and which are numbers.
+        tokens: `[B, ...]`, each row contiguous.
+        rows: `[B]` int64, each image's place in the answer.
+        state: `[B, ...]`, the policy's.
+        answer: logits `[M, K]`, exit index, exit layer and nonfinite `[M]`, as `Inference.tensors()`
+            gives them. An image that leaves gets all four; one whose logits are no numbers is flagged,
+            whether it leaves or not.
+        index: the exit, from 0.
+        layer: the block before it, from 1.
+        into: `[>= B, ...]` like `tokens`: the survivors' tokens go to its first rows instead.
+        counts: without it the call waits for n and returns it. With it nobody waits; rows behind
+            `counts.entering` are padding, and the last row of the answer may be written with anything.
+        backend: "auto", "cpp" or "torch"; None takes the choice in force.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or what is written shares memory with another
+            argument. Raised before anything is written.
+        RuntimeError: `backend` is an explicit choice that cannot run.
+    """
+    if step.logits.dtype != answer[0].dtype:
+        step = step._replace(logits=step.logits.to(answer[0].dtype))
+    place = (index, layer)
+    return _end_exit(
+        step.logits, step, tokens, rows, state, answer, place, into, counts, backend=backend
+    )
+
+
+def _run_cpp(
+    logits: Tensor,
+    step: ExitStep,
+    tokens: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    answer: Sequence[Tensor],
+    place: tuple[int, int],
+    into: Tensor | None,
+    counts: Counts | None,
+) -> int | None:
+    on_gpu = logits.is_cuda
+    if counts is None:
+        told = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
+        entering, written = None, [told]
+        scratch = torch.zeros(1, dtype=torch.int32, device=logits.device) if on_gpu else None
+    else:
+        entering, scratch = counts.entering, counts.scratch
+        written = [counts.survivors] if counts.told is None else [counts.survivors, counts.told]
+    torch.ops.lgvit_fast.end_exit_(
+        logits,
+        step.leave,
+        step.valid,
+        tokens,
+        into,
+        rows,
+        state,
+        list(answer),
+        entering,
+        written,
+        scratch,
+        *place,
+    )
+    if counts is not None:
+        return None
+    if on_gpu:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return int(told)
+
+
+def _run_torch(
+    logits: Tensor,
+    step: ExitStep,
+    tokens: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    answer: Sequence[Tensor],
+    place: tuple[int, int],
+    into: Tensor | None,
+    counts: Counts | None,
+) -> int | None:
+    """The reference: what every backend is compared with."""
+    if counts is None:
+        return _waiting(logits, step, tokens, rows, state, answer, place, into)
+    _without_wait(logits, step, tokens, rows, state, answer, place, into, counts)
+    return None
+
+
+def _waiting(
+    logits: Tensor,
+    step: ExitStep,
+    tokens: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    answer: Sequence[Tensor],
+    place: tuple[int, int],
+    into: Tensor | None,
+) -> int:
+    answer_logits, exit_index, exit_layer, nonfinite = answer
+    leavers = rows[step.leave]
+    answer_logits.index_copy_(0, leavers, logits[step.leave])
+    exit_index.index_fill_(0, leavers, place[0])
+    exit_layer.index_fill_(0, leavers, place[1])
+    nonfinite.index_fill_(0, rows[~step.valid], True)
+    n: int = compact_(tokens, ~step.leave, rows, state, backend="torch")
+    if into is not None:
+        into[:n] = tokens[:n]
+    return n
+
+
+def _without_wait(
+    logits: Tensor,
+    step: ExitStep,
+    tokens: Tensor,
+    rows: Tensor,
+    state: Tensor,
+    answer: Sequence[Tensor],
+    place: tuple[int, int],
+    into: Tensor | None,
+    counts: Counts,
+) -> None:
+    """With sizes that do not depend on the values, so that a graph can hold it."""
+    answer_logits, exit_index, exit_layer, nonfinite = answer
+    spare = len(exit_index) - 1  # written by all that must write nothing
+    places = torch.arange(len(rows), device=rows.device)
+    real = places < counts.entering
+    leavers = torch.where(real & step.leave, rows, spare)
+    answer_logits.index_copy_(0, leavers, logits)
+    exit_index.index_fill_(0, leavers, place[0])
+    exit_layer.index_fill_(0, leavers, place[1])
+    nonfinite.index_fill_(0, torch.where(real & ~step.valid, rows, spare), True)
+
+    keep = real & ~step.leave
+    kept = keep.cumsum(0)
+    count = kept[-1]
+    to = torch.where(keep, kept - 1, count + places - kept)
+    order = torch.empty_like(places).scatter_(0, to, places)  # survivors first
+    moved = tokens[order]
+    (tokens if into is None else into[: len(rows)]).copy_(moved)
+    rows.copy_(rows[order])
+    state.copy_(state[order])
+    counts.survivors.copy_(count)
+    if counts.told is not None:
+        counts.told.copy_(count, non_blocking=True)
+
+
+def _refuse_cpp(
+    logits: Tensor, step: ExitStep, tokens: Tensor, rows: Tensor, *args: object
+) -> str | None:
+    if logits.is_cuda and len(rows) > MAX_CUDA_ROWS:
+        return f"the CUDA kernel takes at most {MAX_CUDA_ROWS} rows"
+    if torch.is_grad_enabled() and (tokens.requires_grad or logits.requires_grad):
+        return "it has no gradient, and a tensor requires one"
+    return None
+
+
+if _extension.why_compact_missing() is None:
+
+    @torch.library.register_fake("lgvit_fast::end_exit_")
+    def _(*args: object) -> None:
+        return None
+
+
+_end_exit = Op(
+    "end_exit_",
+    Backend("cpp", _run_cpp, _extension.why_compact_missing, _refuse_cpp),
+    Backend("torch", _run_torch),
+)

@@ -1,0 +1,43 @@
+"""What an exit costs beside its head: counted, not timed."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import lgvit_fast
+from lgvit_fast import _extension
+from tests.helpers import tiny_model
+
+MOST = 4  # operations an exit beside the head's
+
+
+def operations(call):
+    """The operations that a call starts, without those that these are made of."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        call()
+    return [event.name for event in found.events() if event.cpu_parent is None]
+
+
+@pytest.mark.skipif(
+    _extension.why_compact_missing() is not None, reason="the extension is not built"
+)
+def test_an_exit_in_buckets_adds_few_operations():
+    model = tiny_model().eval()
+    images = torch.randn(8, 3, *model.backbone.patch_embed.img_size)
+    policy = lgvit_fast.Replay(torch.full((8,), len(model.exits)))  # all meet every exit
+    engine = lgvit_fast.Engine(model, max_batch=8, graphs="eager", buckets=[8])
+    engine(images, policy)
+    (runner,) = engine._runners.values()
+
+    for segment, step in zip(engine.segments, runner._steps.values(), strict=True):
+        tokens = runner.tokens[segment.index]
+        state = runner.state
+
+        def head(segment=segment, tokens=tokens, state=state):
+            with torch.no_grad():
+                segment(tokens, state, runner._image_size, policy)
+
+        with torch.no_grad():
+            everything = operations(step)
+        extra = len(everything) - len(operations(head))
+        assert 1 <= extra <= MOST, everything
