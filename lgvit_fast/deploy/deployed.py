@@ -12,10 +12,11 @@ import numpy as np
 
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.deploy.manifest import Manifest
-from lgvit_fast.deploy.runtimes import Graph, SegmentOutput, load_runtime
 from lgvit_fast.evidence import log_softmax
-from lgvit_fast.exit_rules import ExitRule, ExitStep, RuleKind
+from lgvit_fast.exit_rules import ExitStep
 from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.runtimes.loaders import Graph, SegmentOutput, load_runtime
+from lgvit_fast.runtimes.rules import apply_rule, checked
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -253,17 +254,7 @@ class Deployed:
         self, index: int, tokens: NDArray[np.float32], broken: NDArray[np.bool_]
     ) -> SegmentOutput:
         """A graph's outputs; an image that is `broken` already says nothing."""
-        output = self._graphs[index].run(tokens)
-        valid = output.valid & ~broken
-        if valid.all():
-            return output
-        nan = np.float32(np.nan)
-        return output._replace(
-            logits=np.where(broken[:, None], nan, output.logits),
-            confidence=np.where(valid, output.confidence, nan),
-            entropy=np.where(valid, output.entropy, nan),
-            valid=valid,
-        )
+        return checked(self._graphs[index].run(tokens), broken)
 
     def _fitting(self, policy: Policy) -> Policy:
         if not isinstance(policy, Policy):
@@ -298,30 +289,6 @@ def decide(
         prediction = step.logits.argmax(axis=-1)
         output = output._replace(logits=step.logits, confidence=confidence, prediction=prediction)
     return output, step.leave
-
-
-def apply_rule(
-    rule: ExitRule, output: SegmentOutput, state: NDArray[np.int32]
-) -> NDArray[np.bool_]:
-    """Who leaves, `[n]` bool; updates `state` `[n, 2]` in place. `ops.exit_step.apply_rule` in NumPy.
-
-    Comparisons are strict, and none with NaN holds, so an image that is not valid stays.
-    """
-    if rule.kind == RuleKind.NEVER:
-        return np.zeros_like(output.valid)
-    if rule.kind == RuleKind.CONFIDENCE:
-        return output.confidence > np.float32(rule.threshold)
-    run, last = state[:, 0], state[:, 1]
-    if rule.kind == RuleKind.PATIENCE:
-        agreed = np.where(output.prediction == last, run + 1, 1)
-        run[:] = np.where(output.valid, agreed, 0)
-        last[:] = np.where(output.valid, output.prediction, -1)
-        return run >= rule.patience
-    sure = output.entropy < np.float32(rule.threshold)
-    if rule.kind == RuleKind.ENTROPY:
-        return sure
-    run[:] = np.where(sure, run + 1, 0)
-    return run >= rule.patience
 
 
 def compact(keep: NDArray[np.bool_], *arrays: NDArray[np.generic]) -> int:

@@ -18,9 +18,9 @@ from PIL import Image
 import lgvit_fast
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.deploy import Deployed
-from lgvit_fast.deploy.runtimes import RUNTIMES, why_missing
 from lgvit_fast.evaluation import record
 from lgvit_fast.evaluation.learning import fit_learned
+from lgvit_fast.runtimes.loaders import RUNTIMES, why_missing
 from tests.deploy import exports
 from tests.helpers import images
 

@@ -144,7 +144,7 @@ def _deployed(task: Task) -> Answer:
 
 
 def _graph(task: Task) -> Answer:
-    loaders: Any = import_module("lgvit_fast.deploy.runtimes").LOADERS
+    loaders: Any = import_module("lgvit_fast.runtimes.loaders").LOADERS
     threads = torch.get_num_threads()
     run, _, _ = loaders[task.way.engine](threads)(Path(task.model).read_bytes())
 
