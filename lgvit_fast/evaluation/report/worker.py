@@ -116,7 +116,7 @@ def _make(task: Task) -> Answer:
     if way.early:
         from lgvit_fast.inference import Engine
 
-        engine = Engine(model, compile=compiled)
+        engine = Engine(model, runtime="torch", compile=compiled)
 
         def early(images: Tensor) -> tuple[Tensor, Tensor | None]:
             found = engine(images)
