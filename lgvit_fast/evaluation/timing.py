@@ -27,7 +27,7 @@ class Timing:
         images: images per round.
         rounds: how often each side ran over all of them.
         dense_ms: milliseconds per image, the backbone run to the end, without any head.
-        early_ms: milliseconds per image, an `Engine` of the model on torch (an exported model as it is).
+        early_ms: milliseconds per image, an `Engine` on torch (an exported model as it is).
         ratio: dense / early of each round, so that a slow moment hits both sides.
         layer_ratio: L / mean exit layer of these images, to hold the ratio against.
     """

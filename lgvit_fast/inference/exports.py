@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ class Exports:
         self._model, self._asked = model, tuple(asked)
         self._sets: OrderedDict[tuple[str, _Size], tuple[GraphSegment, ...]] = OrderedDict()
         self._watch: Watch | None = None
+        self._process = os.getpid()
 
     def segments(
         self, runtime: str, image_size: _Size, share: float = 1.0
@@ -46,7 +48,15 @@ class Exports:
             runtime: one of `RUNTIMES`.
             image_size: of the images.
             share: of the weights' bytes to look at for changes (see `Watch.changed`).
+
+        Raises:
+            RuntimeError: in a forked child of the process that loaded some.
         """
+        if self._sets and self._process != os.getpid():
+            raise RuntimeError(
+                f"the threads of {runtime} did not survive the fork: make the engine in the child, or"
+                " start processes with spawn"
+            )
         if self._watch is not None and self._watch.changed(share):
             self.clear()
         key = (runtime, image_size)
@@ -65,6 +75,7 @@ class Exports:
         check_model(self._model)
         if self._watch is None:
             self._watch = Watch(self._model)
+        self._process = os.getpid()
         threads = torch.get_num_threads()
         load = {runtime: load_runtime(runtime, threads)[1] for runtime in runtimes}
         made: dict[str, list[GraphSegment]] = {runtime: [] for runtime in load}

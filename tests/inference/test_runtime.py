@@ -1,6 +1,8 @@
 """The engine on ONNX Runtime and OpenVINO: answers, the choice, what follows the weights."""
 
 import json
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -351,6 +353,25 @@ def test_an_export_that_fails_leaves_torch(monkeypatch, caplog):
     assert runs_on(engine, 2) == "torch" and "no such operator" in caplog.text
     with pytest.raises(RuntimeError, match="no such operator"):
         Engine(tiny_model(exits=[1], depth=2), 4, runtime="openvino")(images(2))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_does_not_wait_for_threads_it_lacks(exported, speeds):
+    model = tiny_model(exits=[1], depth=2)
+    auto, asked = Engine(model, 4), Engine(model, 4, runtime="onnxruntime")
+    auto.warm_up(images(2))
+    runs_on(asked, 2)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # ends the child if it waits for ever
+        torch.set_num_threads(1)
+        try:
+            asked(images(2))
+        except RuntimeError as error:
+            os._exit(0 if runs_on(auto, 2) == "torch" and "survive the fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # What is refused
