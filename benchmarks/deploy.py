@@ -29,7 +29,7 @@ def export_all(name: str, classes: int, folder: Path) -> None:
     import torch
 
     import lgvit_fast
-    from lgvit_fast.deploy.exporter import OPSET
+    from lgvit_fast.runtimes.segment_graph import OPSET
 
     torch.manual_seed(0)
     model = lgvit_fast.create_model(name, num_classes=classes).eval()
@@ -76,7 +76,7 @@ def make(way: str, folder: Path, name: str, classes: int, threads: int) -> Any:
 
         return eager
     if way.startswith("dense"):
-        from lgvit_fast.deploy.runtimes import LOADERS
+        from lgvit_fast.runtimes.loaders import LOADERS
 
         run, _, _ = LOADERS[way.split()[1]](threads)((folder / "dense.onnx").read_bytes())
         return lambda images, exits: run(images)

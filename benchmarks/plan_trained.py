@@ -42,9 +42,9 @@ def main() -> int:
     plan = lgvit_fast.plan_exits(model, histogram, args.batch_size)
 
     engines = {
-        "all exits": lgvit_fast.Engine(model, args.batch_size),
-        "planned exits": lgvit_fast.Engine(model, args.batch_size, exits=plan.exits),
-        "no exits": lgvit_fast.Engine(model, args.batch_size, exits=()),
+        "all exits": lgvit_fast.Engine(model, args.batch_size, "torch"),
+        "planned exits": lgvit_fast.Engine(model, args.batch_size, "torch", exits=plan.exits),
+        "no exits": lgvit_fast.Engine(model, args.batch_size, "torch", exits=()),
     }
     predicted = (plan.seconds_with_all, plan.seconds, plan.seconds_dense)
     times: dict[str, list[float]] = {name: [] for name in engines}

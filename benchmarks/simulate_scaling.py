@@ -174,7 +174,7 @@ def measure(name: str, trace: Trace, batch_size: int, images: int) -> tuple[Cost
     """Costs of a model here, and seconds of a real stream beside those the simulation says."""
     torch.manual_seed(0)
     model = lgvit_fast.create_model(name, exits=trace.layers[:-1], num_classes=100).eval()
-    engine = Engine(model, batch_size)
+    engine = Engine(model, batch_size, "torch")
     size = model.pretrained_cfg["input_size"]
     given = torch.randn(images, *size)
     policy = trace.policy(images, trace.layers[:-1])

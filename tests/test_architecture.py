@@ -17,7 +17,7 @@ ORDER = [
     {"ops"},
     {"heads", "backbones", "policies", "outputs"},
     {"segments"},
-    {"model"},
+    {"model", "runtimes"},
     {"inference", "data"},
     {"training", "deploy", "evaluation", "checkpoints"},
     {"bench", "serve", "scale"},

@@ -63,18 +63,18 @@ def ways(
         name = "dense timm, compiled"
         dense_compiled: Any = torch.compile(model.backbone)
         found.append(Way(name, name, _in_batches(lambda x, _: dense_compiled(x))))
-        ours = Engine(model, batch_size, compile=True, prepare=False)
+        ours = Engine(model, batch_size, "torch", compile=True, prepare=False)
         found.append(Way("engine, compiled", name, _in_batches(ours)))
         fast = name if on_gpu else fast
     found.append(_published(model, dense))
-    engine = Engine(model, batch_size)
+    engine = Engine(model, batch_size, "torch")
     found.append(Way("infer", dense, _in_batches(model.infer)))
     found.append(Way("engine", fast, _in_batches(engine)))
     if exits is not None:
-        planned = Engine(model, batch_size, exits=exits)
+        planned = Engine(model, batch_size, "torch", exits=exits)
         found.append(Way("engine, planned exits", fast, _in_batches(planned)))
     if on_gpu:
-        ahead = Engine(model, batch_size, speculate=True)
+        ahead = Engine(model, batch_size, "torch", speculate=True)
         found.append(Way("engine, speculative", fast, _in_batches(ahead)))
     found.append(Way("stream", fast, partial(_start_stream, engine), in_batches=False))
     return found

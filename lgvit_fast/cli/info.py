@@ -37,13 +37,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, the extension, the backend of every op on each device, and what is missing."""
+    """Versions, the extension, the backend of every op on each device, runtimes, what is missing."""
     import torch
 
     import lgvit_fast.model  # noqa: F401  its ops register themselves
     from lgvit_fast import _extension
+    from lgvit_fast.inference import runtime_choice
     from lgvit_fast.machine import machine
     from lgvit_fast.ops import report
+    from lgvit_fast.runtimes.loaders import RUNTIMES, why_missing
 
     built = _extension.facts()
     why_not = _extension.why_missing()
@@ -69,6 +71,19 @@ def collect() -> dict[str, Any]:
             "problem": why_not,
         },
         "ops": {device: [row._asdict() for row in report(device)] for device in devices},
+        "runtimes": {
+            "missing": {name: why for name in RUNTIMES if (why := why_missing(name))},
+            "chosen": [
+                {
+                    "model": facts["model"],
+                    "exits": facts["exits"],
+                    "threads": facts["threads"],
+                    **dataclasses.asdict(timing),
+                    "fastest": timing.fastest,
+                }
+                for facts, timing in runtime_choice.remembered(here)
+            ],
+        },
         "missing": missing,
     }
 
@@ -112,6 +127,18 @@ def _text(facts: dict[str, Any]) -> str:
         for row in rows:
             lines.append(f"  {row['op']:16}{row['backend']}")
             lines += [f"  {'':16}not {name}: {why}" for name, why in row["refused"].items()]
+    runtimes = facts["runtimes"]
+    lines += ["", "runtimes (CPU)", f"  {'torch':16}{here['torch']}"]
+    lines += [
+        f"  {name:16}{runtimes['missing'].get(name) or here[name]}"
+        for name in ("onnxruntime", "openvino")
+    ]
+    for row in runtimes["chosen"]:
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in row["milliseconds"].items())
+        lines.append(
+            f"  {row['model']}, batch {row['batch_size']}, {row['threads']} threads:"
+            f" {row['fastest']} ({times} ms an image)"
+        )
     if "model" in facts:
         model = facts["model"]
         exits = ", ".join(f"{layer} {head}" for layer, head in model["exits"].items())

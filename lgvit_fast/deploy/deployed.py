@@ -1,86 +1,24 @@
-"""The runtime side: a loop over the graphs of an exported model, in NumPy."""
+"""The runtime side: an exported model, read and answering."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.deploy.manifest import Manifest
-from lgvit_fast.deploy.runtimes import Graph, SegmentOutput, load_runtime
-from lgvit_fast.evidence import log_softmax
-from lgvit_fast.exit_rules import ExitRule, ExitStep, RuleKind
 from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.runtimes.loaders import load_runtime
+from lgvit_fast.runtimes.loop import Answers, GraphSegment, broken_images, checked, run_graphs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Answers", "Deployed"]
-
-
-@dataclass
-class Answers:
-    """One answer an image, in input order: `lgvit_fast.Inference` in NumPy.
-
-    Attributes:
-        logits: `[B, K]` float32 of the exit each image left at.
-        exit_index: `[B]` int64, 0 to E - 1, E for the final classifier.
-        exit_layer: `[B]` int64, the block after which it left, from 1.
-        prediction: `[B]` int64, the class with the largest logit.
-        confidence: `[B]` float32, the largest softmax probability; NaN where there is none.
-        nonfinite: `[B]` bool, the image has a NaN or infinite pixel, or an exit or the final
-            classifier met a NaN or +inf logit. No policy but a scripted one lets such an image leave
-            at the exit where that happened.
-    """
-
-    logits: NDArray[np.float32]
-    exit_index: NDArray[np.int64]
-    exit_layer: NDArray[np.int64]
-    prediction: NDArray[np.int64]
-    confidence: NDArray[np.float32]
-    nonfinite: NDArray[np.bool_]
-
-    @classmethod
-    def blank(cls, batch: int, num_classes: int) -> Answers:
-        """Zeros, to be filled by `record`."""
-        return cls(
-            logits=np.zeros((batch, num_classes), np.float32),
-            exit_index=np.zeros(batch, np.int64),
-            exit_layer=np.zeros(batch, np.int64),
-            prediction=np.zeros(batch, np.int64),
-            confidence=np.zeros(batch, np.float32),
-            nonfinite=np.zeros(batch, np.bool_),
-        )
-
-    def record(
-        self, rows: NDArray[np.int64], index: int, layer: int, output: SegmentOutput
-    ) -> None:
-        """Write what an exit says of all who reached it; those who go on are written again later."""
-        self.logits[rows] = output.logits
-        self.exit_index[rows] = index
-        self.exit_layer[rows] = layer
-        self.prediction[rows] = output.prediction
-        self.confidence[rows] = output.confidence
-        self.nonfinite[rows] |= ~output.valid
-
-    def topk(self, k: int = 5) -> TopK:
-        """The k likeliest classes of each image; at most K are given."""
-        classes = np.argsort(-self.logits, axis=-1, kind="stable")[:, :k]
-        with np.errstate(invalid="ignore"):  # an image whose logits are not numbers is flagged
-            probabilities = np.exp(log_softmax(self.logits))
-        return TopK(np.take_along_axis(probabilities, classes, axis=-1), classes)
-
-
-class TopK(NamedTuple):
-    """The k likeliest classes of each image: `lgvit_fast.outputs.TopK` in NumPy."""
-
-    probabilities: NDArray[np.float32]  # [B, k], descending
-    classes: NDArray[np.int64]  # [B, k]
 
 
 class DeployedExit(NamedTuple):
@@ -136,20 +74,22 @@ class Deployed:
         self.certificate = None if saved is None else Certificate.from_dict(saved)
         self._lock = threading.Lock()
         self._left = np.zeros(len(self.exits) + 1, np.int64)
-        self._graphs: list[Graph] = []
+        self._segments: list[GraphSegment] = []
         for index, segment in enumerate(self.manifest.segments):
             data = self.manifest.read(folder, index)
             try:
-                self._graphs.append(load(data))
+                graph = load(data)
             except Exception as error:  # each runtime has exceptions of its own
                 raise ValueError(
                     f"{segment.file} is no graph that {self.runtime} can run: {error}"
                 ) from error
+            self._segments.append(GraphSegment(graph, index, self.manifest.layers[index]))
         spec = self.manifest.preprocessing
         self._shape = (spec.channels, *spec.size)
-        if self._graphs[0].shape != self._shape:
+        shape = self._segments[0].graph.shape
+        if shape != self._shape:
             raise ValueError(
-                f"{self.manifest.segments[0].file} takes images {self._graphs[0].shape}, the manifest"
+                f"{self.manifest.segments[0].file} takes images {shape}, the manifest"
                 f" says {self._shape}: export the model anew"
             )
 
@@ -173,27 +113,10 @@ class Deployed:
             ValueError: images of another type, shape or dtype, or a policy for another number of exits.
         """
         policy = self._policy if policy is None else self._fitting(policy)
-        tokens = self._checked(images)
-        batch, last = len(tokens), len(self.exits)
-        answers = Answers.blank(batch, self.num_classes)
-        rows, state = np.arange(batch), policy.start_array(batch)
-        # A runtime's vectorised exp or max may turn a NaN into a number, so it is looked for here too.
-        broken = _broken(tokens)
-        answers.nonfinite[:] = broken
+        images = self._checked(images)
+        answers = Answers.blank(len(images), self.num_classes)
         with self._lock:
-            for index, layer in enumerate(self.manifest.layers if batch else ()):
-                output = self._run(index, tokens, broken)
-                if index == last:
-                    answers.record(rows, index, layer, output)
-                    break
-                output, leave = decide(policy, index, output, state)
-                answers.record(rows, index, layer, output)
-                assert output.tokens is not None
-                count = compact(~leave, output.tokens, rows, broken, state)
-                if not count:
-                    break
-                tokens, rows = output.tokens[:count], rows[:count]
-                broken, state = broken[:count], state[:count]
+            run_graphs(self._segments, images, policy, answers)
             self._left += np.bincount(answers.exit_index, minlength=len(self._left))
         return answers
 
@@ -211,10 +134,10 @@ class Deployed:
         tokens = self._checked(images)
         shape = (len(self.exits) + 1, len(tokens), self.num_classes)
         logits = np.zeros(shape, np.float32)
-        broken = _broken(tokens)
+        broken = broken_images(tokens)
         with self._lock:
-            for index in range(shape[0] if len(tokens) else 0):
-                output = self._run(index, tokens, broken)
+            for graph, index, _ in self._segments if len(tokens) else ():
+                output = checked(graph.run(tokens), broken)
                 logits[index] = output.logits
                 if output.tokens is not None:
                     tokens = output.tokens
@@ -249,22 +172,6 @@ class Deployed:
             return Answers.blank(0, self.num_classes)
         return Answers(*(np.concatenate(field) for field in zip(*map(_fields, parts), strict=True)))
 
-    def _run(
-        self, index: int, tokens: NDArray[np.float32], broken: NDArray[np.bool_]
-    ) -> SegmentOutput:
-        """A graph's outputs; an image that is `broken` already says nothing."""
-        output = self._graphs[index].run(tokens)
-        valid = output.valid & ~broken
-        if valid.all():
-            return output
-        nan = np.float32(np.nan)
-        return output._replace(
-            logits=np.where(broken[:, None], nan, output.logits),
-            confidence=np.where(valid, output.confidence, nan),
-            entropy=np.where(valid, output.entropy, nan),
-            valid=valid,
-        )
-
     def _fitting(self, policy: Policy) -> Policy:
         if not isinstance(policy, Policy):
             raise ValueError(
@@ -284,69 +191,6 @@ class Deployed:
             expected = ", ".join(map(str, self._shape))
             raise ValueError(f"images has shape {images.shape}, expected [B, {expected}]")
         return np.ascontiguousarray(images)
-
-
-def decide(
-    policy: Policy, index: int, output: SegmentOutput, state: NDArray[np.int32]
-) -> tuple[SegmentOutput, NDArray[np.bool_]]:
-    """The answers of an exit under a policy, and who leaves, `[n]` bool; updates `state` in place."""
-    leave = apply_rule(policy.rule(index), output, state)
-    given: Any = ExitStep(output.logits, leave, output.valid)  # type: ignore[arg-type]
-    step: Any = policy.decide(given, state, index)  # type: ignore[arg-type]
-    if step.logits is not output.logits:  # exits that answer together
-        confidence = np.exp(log_softmax(step.logits)).max(axis=-1)
-        prediction = step.logits.argmax(axis=-1)
-        output = output._replace(logits=step.logits, confidence=confidence, prediction=prediction)
-    return output, step.leave
-
-
-def apply_rule(
-    rule: ExitRule, output: SegmentOutput, state: NDArray[np.int32]
-) -> NDArray[np.bool_]:
-    """Who leaves, `[n]` bool; updates `state` `[n, 2]` in place. `ops.exit_step.apply_rule` in NumPy.
-
-    Comparisons are strict, and none with NaN holds, so an image that is not valid stays.
-    """
-    if rule.kind == RuleKind.NEVER:
-        return np.zeros_like(output.valid)
-    if rule.kind == RuleKind.CONFIDENCE:
-        return output.confidence > np.float32(rule.threshold)
-    run, last = state[:, 0], state[:, 1]
-    if rule.kind == RuleKind.PATIENCE:
-        agreed = np.where(output.prediction == last, run + 1, 1)
-        run[:] = np.where(output.valid, agreed, 0)
-        last[:] = np.where(output.valid, output.prediction, -1)
-        return run >= rule.patience
-    sure = output.entropy < np.float32(rule.threshold)
-    if rule.kind == RuleKind.ENTROPY:
-        return sure
-    run[:] = np.where(sure, run + 1, 0)
-    return run >= rule.patience
-
-
-def compact(keep: NDArray[np.bool_], *arrays: NDArray[np.generic]) -> int:
-    """Bring the rows to keep to the front of every array, in place, and count them.
-
-    Only survivors behind the n-th row move, each into a hole before it: `ops.compact_` in NumPy.
-    """
-    count = int(np.count_nonzero(keep))
-    holes = np.flatnonzero(~keep[:count])
-    if len(holes):
-        survivors = count + np.flatnonzero(keep[count:])
-        for array in arrays:
-            array[holes] = array[survivors]
-    return count
-
-
-def _broken(images: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """`[B]` bool, whether an image has a NaN or infinite pixel."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        doubtful: NDArray[np.bool_] = ~np.isfinite(
-            images.sum(axis=(1, 2, 3))
-        )  # one pass, and nothing to allocate
-    for row in np.flatnonzero(doubtful):  # the sum of large numbers may overflow
-        doubtful[row] = not np.isfinite(images[row]).all()
-    return doubtful
 
 
 def _fields(answers: Answers) -> tuple[NDArray[np.generic], ...]:

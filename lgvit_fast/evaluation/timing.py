@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Timing:
         images: images per round.
         rounds: how often each side ran over all of them.
         dense_ms: milliseconds per image, the backbone run to the end, without any head.
-        early_ms: milliseconds per image, an `Engine` of the model (an exported model as it is).
+        early_ms: milliseconds per image, an `Engine` on torch (an exported model as it is).
         ratio: dense / early of each round, so that a slow moment hits both sides.
         layer_ratio: L / mean exit layer of these images, to hold the ratio against.
     """
@@ -72,7 +73,9 @@ def compare(
         )
     device = next(model.parameters()).device
     batches = images.to(device).split(batch_size)
-    answer = Engine(model, max_batch=batch_size) if isinstance(model, LGViT) else model.infer
+    # On torch, as the backbone that it is compared with.
+    torch_engine = partial(Engine, max_batch=batch_size, runtime="torch")
+    answer = torch_engine(model) if isinstance(model, LGViT) else model.infer
     layers: list[Tensor] = []
 
     def dense() -> None:

@@ -3,7 +3,7 @@
 from lgvit_fast.inference.engine import Engine
 from lgvit_fast.inference.planner import Costs, Plan, measure_costs, plan_exits
 from lgvit_fast.inference.prepared import pack_
-from lgvit_fast.inference.report import Report, SegmentReport
+from lgvit_fast.inference.report import Report, RuntimeTiming, SegmentReport
 from lgvit_fast.inference.streaming import Answer, Stream, stream
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Engine",
     "Plan",
     "Report",
+    "RuntimeTiming",
     "SegmentReport",
     "Stream",
     "measure_costs",

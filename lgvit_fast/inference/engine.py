@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import operator
 from collections import OrderedDict
@@ -9,11 +10,13 @@ from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Literal, NoReturn, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lgvit_fast.backbones import Backbone, adapt
 from lgvit_fast.heads import ExitHead
+from lgvit_fast.inference.exports import Exports, check_runtime, on_arrays, usable_runtimes
 from lgvit_fast.inference.graphs import (
     BucketRunner,
     CaptureError,
@@ -22,13 +25,16 @@ from lgvit_fast.inference.graphs import (
     default_buckets,
 )
 from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
-from lgvit_fast.inference.report import Report, Tally
+from lgvit_fast.inference.report import Report, RuntimeTiming, Tally
+from lgvit_fast.inference.runtime_choice import facts_of, measure, recall, remember
 from lgvit_fast.inference.turns import add_lock, take_turn
 from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy, Replay
+from lgvit_fast.runtimes.loaders import RUNTIMES
+from lgvit_fast.runtimes.loop import Answers, GraphSegment, run_graphs
 from lgvit_fast.segments import Segment, cut, run_segments
 from lgvit_fast.watch import Watch
 
@@ -52,9 +58,20 @@ class Engine:
     turns; a call from inside another one (a policy, a signal handler) is an error. Under autocast
     graphs cast the weights in every call; a model converted to bfloat16 is faster.
 
+    On a CPU in float32, ONNX Runtime or OpenVINO may be faster than torch. They run the model's
+    segments, exported in memory when they are first needed and again when weights change, which takes
+    seconds; each image size in use is an export of its own. A runtime in use holds a copy of the
+    weights besides the model's, in place of torch's packed layers; while `warm_up` measures, every
+    runtime holds one.
+
     Args:
         model: in eval mode when called.
         max_batch: larger batches are answered in parts.
+        runtime: what runs the segments. "torch"; "onnxruntime" or "openvino", with as many threads as
+            torch has; or "auto": torch, until `warm_up` has found the fastest of those installed for
+            the batch it is given. Batches of other sizes take the choice of the nearest size, other
+            image sizes torch. On a GPU, in bfloat16, under autocast, with `graphs` or `compile` and
+            for models that cannot be exported, "auto" is torch.
         graphs: True: CUDA graphs, or an error where there are none. False: launch every kernel. None:
             graphs on a GPU if they can be captured. "eager": the batch sizes and buffers of graphs
             without the graphs, on any device, to look for faults.
@@ -68,13 +85,17 @@ class Engine:
             They hold the backbone's matrices a second time, unless the model is packed (see `pack_`).
 
     Raises:
-        ValueError: an argument out of range, or `graphs=True` for a model that is not on a GPU.
+        ValueError: an argument out of range, `graphs=True` for a model that is not on a GPU, or a
+            runtime other than torch with `graphs` or `compile` or for a model that is not float32 on
+            the CPU, is packed, or has a head of the user's own.
+        RuntimeError: the runtime is not installed; the message names the command that installs it.
     """
 
     def __init__(
         self,
         model: LGViT,
         max_batch: int = 256,
+        runtime: str = "auto",
         *,
         graphs: bool | Literal["eager"] | None = None,
         compile: bool = False,
@@ -90,6 +111,7 @@ class Engine:
         device = next(model.parameters()).device
         if graphs is True and device.type != "cuda":
             raise ValueError(f"graphs=True needs the model on a CUDA device, it is on {device}")
+        _check_runtime(model, runtime, bool(graphs) or compile)
         self.model, self.max_batch = model, max_batch
         self.exits = _checked_exits(model, exits)
         self._buckets = _checked_buckets(buckets, max_batch)
@@ -105,6 +127,10 @@ class Engine:
         self._folded: tuple[object, ...] = ()
         self._dtype: torch.dtype | None = None
         self._asked = False  # whether a batch was answered
+        self._runtime = runtime
+        self._exports = Exports(model, self._places)
+        self._timings: dict[tuple[tuple[int, int], int], RuntimeTiming] = {}  # by image, batch size
+        self._ran_on = "torch" if runtime == "auto" else runtime
         self.reset_report()
 
     def __call__(self, images: Tensor, policy: Policy | None = None) -> Inference:
@@ -118,7 +144,7 @@ class Engine:
         Raises:
             RuntimeError: the model is in train mode; or graphs were asked for and cannot be captured;
                 or this thread is in a call of the engine already.
-            ValueError: as `LGViT.infer`.
+            ValueError: as `LGViT.infer`; or under autocast on a runtime that was asked for.
         """
         policy = self.model.admit(images, policy and self.for_all_exits(policy))
         if not self._asked:
@@ -130,9 +156,9 @@ class Engine:
             torch.inference_mode(False),
             torch.no_grad(),
         ):
-            self._refresh(len(images))
+            graphs = self._ready(images)
             parts = [
-                self._run(images[start : start + self.max_batch], policy, start)
+                self._run(graphs, images[start : start + self.max_batch], policy, start)
                 for start in range(0, max(1, len(images)), self.max_batch)
             ]
         return parts[0] if len(parts) == 1 else Inference.cat(parts)
@@ -148,15 +174,13 @@ class Engine:
 
         Any other policy is given back as it is; see `Policy.for_all_exits`.
         """
-        layers = [spec.layer for spec in self.model.exits]
-        places = [layers.index(layer) for layer in self.exits]
         if not isinstance(policy, Policy):
             return policy  # for `LGViT.fitting` to refuse
-        return policy.for_all_exits(places, len(layers))
+        return policy.for_all_exits(self._places, len(self.model.exits))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments as the engine runs them, prepared from the weights as they are now.
+        """The segments in torch, whatever the runtime, prepared from the weights as they are now.
 
         A new tuple whenever the weights have changed.
         """
@@ -165,12 +189,21 @@ class Engine:
             return self._segments
 
     def warm_up(self, images: Tensor, policy: Policy | None = None) -> None:
-        """Do now what the first calls would do: fold, compile, measure, capture.
+        """Do now what the first calls would do: fold, compile, measure, capture, export.
+
+        With `runtime="auto"`, where there is a choice, measures the runtimes for batches of this size,
+        which takes an export, some seconds and a dozen passes; or takes the choice from the user's
+        cache (`runtime_choice.cache_file`), if this machine, these versions and threads, the structure
+        of the model, its exits and both sizes were measured before. `report` says what was found.
 
         Args:
             images: `[B, channels, height, width]`, any like those to come; they are answered once.
             policy: None takes `model.policy`.
         """
+        if self._runtime == "auto" and len(images):
+            self.model.admit(images)
+            with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
+                self._choose(images[: self.max_batch])
         self(images, policy)
         with (
             take_turn(self, "the engine"),
@@ -185,28 +218,105 @@ class Engine:
     def refresh(self) -> None:
         """Make everything anew from the weights as they are now, however they were written."""
         with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
+            in_use = bool(self._segments) or self._ran_on == "torch"
             self._forget()
             self.model.prepare(anew=True)
-            self._refresh()
+            self._exports.renew()
+            if in_use:
+                self._refresh()
 
     def release(self) -> None:
-        """Free graphs, buffers and prepared weights; the next call makes them anew."""
+        """Free graphs, buffers, prepared weights and runtimes; the next call makes them anew."""
         with take_turn(self, "the engine"):
             self._forget()
+            self._exports.clear()
 
     def report(self) -> Report:
-        """Batches, padding and waste since the engine was made or `reset_report` called."""
-        return self._tally.report()
+        """Batches, padding and waste since the engine was made or `reset_report` called.
+
+        And the runtime in use, with what was measured of each.
+        """
+        timings = tuple(self._timings.values())
+        return dataclasses.replace(self._tally.report(), runtime=self._ran_on, timings=timings)
 
     def reset_report(self) -> None:
         """Begin the counts anew."""
         self._tally = Tally((*self.exits, self.model.num_blocks))
 
-    def _run(self, images: Tensor, policy: Policy, start: int) -> Inference:
+    def _ready(self, images: Tensor) -> tuple[GraphSegment, ...]:
+        """What to run these images on, made for the weights as they are now; empty for torch."""
+        size = (images.shape[2], images.shape[3])
+        runtime = self._runtime_for(min(len(images), self.max_batch), size)
+        if runtime != "torch":
+            share = min(1.0, len(images) / _LOOK_IMAGES)
+            try:
+                graphs = self._exports.segments(runtime, size, share)
+            except Exception as error:  # exporters and runtimes raise anything
+                if self._runtime != "auto":
+                    raise
+                _logger.warning("%s is not used: %s", runtime, error)
+                self._timings.clear()
+            else:
+                self._ran_on = runtime
+                return graphs
+        self._refresh(len(images))
+        self._ran_on = "torch"
+        return ()
+
+    def _runtime_for(self, batch: int, image_size: tuple[int, int]) -> str:
+        if self._runtime == "auto":
+            sizes = [known for size, known in self._timings if size == image_size]
+            if not sizes or not self._may_choose():
+                return "torch"
+            nearest = min(sizes, key=lambda known: abs(known - batch))
+            return self._timings[image_size, nearest].fastest
+        if self._runtime != "torch" and self.model.compute_dtype != torch.float32:
+            raise ValueError(
+                f"runtime={self._runtime!r} computes in float32, this call in"
+                f" {self.model.compute_dtype}: leave autocast, or take runtime='torch'"
+            )
+        return self._runtime
+
+    def _may_choose(self) -> bool:
+        """Whether another runtime than torch can answer now."""
+        weight = next(self.model.backbone.parameters())
+        plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+        plain = plain and self.model.compute_dtype == torch.float32  # no autocast
+        return plain and not self._graphs and not self._compile
+
+    def _choose(self, images: Tensor) -> None:
+        """Find the fastest runtime for such a batch, and keep what some batch size takes."""
+        runtimes = usable_runtimes(self.model) if self._may_choose() else []
+        if not runtimes:
+            return
+        batch, size = len(images), (images.shape[2], images.shape[3])
+        facts = facts_of(self.model, self.exits, batch, size)
+        timing = recall(facts, ["torch", *runtimes])
+        if timing is None:
+            try:
+                ways = self._exports.load(runtimes, size)
+            except Exception as error:  # exporters and runtimes raise anything
+                _logger.warning("%s not used: %s", " and ".join(runtimes), error)
+                return
+            self._refresh()
+            work = {name: partial(self._run_graphs, way) for name, way in ways.items()}
+            timing = measure({"torch": self._run_plain, **work}, images, len(self.model.exits))
+            remember(facts, timing)
+        self._timings[size, batch] = timing
+        chosen = {known.fastest for known in self._timings.values()}
+        self._exports.keep(chosen)
+        if "torch" not in chosen:
+            self._forget()
+
+    def _run(
+        self, graphs: tuple[GraphSegment, ...], images: Tensor, policy: Policy, start: int
+    ) -> Inference:
         """Answer what is one part of a batch, from image `start` on."""
         if not len(images):
             return self._blank(0, images.device)
         policy = policy.part(start, start + len(images))
+        if graphs:
+            return self._run_graphs(graphs, images, policy)
         if self._graphs:
             try:
                 return self._runner(images, policy).run(images, policy, self._tally)
@@ -226,6 +336,22 @@ class Engine:
     def _count(self, part: str, segment: Segment, rows: int) -> None:
         if part == "exit":
             self._tally.add(self._segments.index(segment), rows)
+
+    def _run_graphs(
+        self, segments: Sequence[GraphSegment], images: Tensor, policy: Policy
+    ) -> Inference:
+        answers = Answers.blank(len(images), self.model.num_classes)
+        array = np.ascontiguousarray(images.detach().numpy())
+        run_graphs(segments, array, on_arrays(policy), answers, self._tally.add)
+        logits, index, layer, nonfinite = map(
+            torch.from_numpy,
+            (answers.logits, answers.exit_index, answers.exit_layer, answers.nonfinite),
+        )
+        return Inference(logits, index, layer, nonfinite, self.model.class_names)
+
+    def _cut(self, adapter: Backbone) -> tuple[Segment, ...]:
+        layers = [spec.layer for spec in self.model.exits]
+        return cut(adapter, layers, self._heads, self._places)
 
     def _runner(self, images: Tensor, policy: Policy) -> BucketRunner:
         kind = (images.shape[1:], images.dtype, chosen_backend())
@@ -266,10 +392,8 @@ class Engine:
         self._drop_runners()  # graphs hold the addresses of folded weights
         self.model.prepare(anew=changed)
         self._folded = self._folds()
-        layers = [spec.layer for spec in self.model.exits]
-        asked = [layers.index(layer) for layer in self.exits]
         assert self._adapter is not None
-        self._segments = cut(self._adapter, layers, self._heads, asked)
+        self._segments = self._cut(self._adapter)
 
     def _forget(self) -> None:
         self._drop_runners()
@@ -291,11 +415,28 @@ class Engine:
         return self.model.adapter
 
     @property
+    def _places(self) -> list[int]:
+        """The numbers of the exits asked, from 0."""
+        layers = [spec.layer for spec in self.model.exits]
+        return [layers.index(layer) for layer in self.exits]
+
+    @property
     def _heads(self) -> list[ExitHead]:
         return cast(list[ExitHead], list(self.model.exit_heads))
 
     def _folds(self) -> tuple[object, ...]:
         return tuple(head.folded for head in self._heads)
+
+
+def _check_runtime(model: LGViT, runtime: str, tied: bool) -> None:
+    """Refuse a runtime that cannot be had; `tied` says that graphs or compiling tie it to torch."""
+    if runtime not in ("auto", "torch", *RUNTIMES):
+        names = ", ".join(map(repr, ("auto", "torch", *RUNTIMES)))
+        raise ValueError(f"runtime={runtime!r}, expected one of {names}")
+    if runtime in RUNTIMES:
+        if tied:
+            raise ValueError(f"runtime={runtime!r} with graphs or compile, which are torch's")
+        check_runtime(model, runtime)
 
 
 def _policy_key(policy: Policy, segments: Sequence[Segment]) -> Hashable:

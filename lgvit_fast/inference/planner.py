@@ -154,12 +154,12 @@ def measure_costs(
     image_size: tuple[int, int] | None = None,
     rounds: int = 3,
 ) -> Costs:
-    """Time the parts of a model, as its engine runs them, at 1, 2, 4, ... and `batch_size` images.
+    """Time the parts of a model, as an engine on torch runs them, at 1, 2, 4, ... `batch_size` images.
 
     Medians of at least `rounds` passes, more of a small model. All are scaled alike, so that their sum
     is what the engine takes for a batch that no image leaves: its own overhead is counted too.
     """
-    engine = Engine(model, max_batch=batch_size)
+    engine = Engine(model, batch_size, "torch")
     parameter = next(model.parameters())
     built_for = getattr(model.backbone.patch_embed, "img_size", None)
     height, width = image_size or built_for or model.pretrained_cfg["input_size"][1:]

@@ -1,10 +1,10 @@
-"""Counts of an engine's or stream's work: batch sizes, padding, waste."""
+"""What an engine or stream says of its work: batch sizes, padding, waste, runtimes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Report", "SegmentReport", "Tally"]
+__all__ = ["Report", "RuntimeTiming", "SegmentReport", "Tally"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,31 @@ class SegmentReport:
 
 
 @dataclass(frozen=True)
+class RuntimeTiming:
+    """What the runtimes took for batches of one size.
+
+    Attributes:
+        batch_size: images that entered together.
+        image_size: `(height, width)` in pixels.
+        milliseconds: an image, by runtime; images leave evenly over the exits and the end.
+    """
+
+    batch_size: int
+    image_size: tuple[int, int]
+    milliseconds: dict[str, float]
+
+    @property
+    def fastest(self) -> str:
+        """The runtime that took least."""
+        return min(self.milliseconds, key=lambda name: self.milliseconds[name])
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        times = ", ".join(f"{name} {ms:.2f}" for name, ms in self.milliseconds.items())
+        return f"batch {self.batch_size} of {height}x{width}: {times} ms an image"
+
+
+@dataclass(frozen=True)
 class Report:
     """Work since an engine or stream was made, or since the last reset.
 
@@ -40,11 +65,15 @@ class Report:
         waiting: images of a stream that wait for each segment; 0 for an engine.
         forced: runs of a stream made with less than a full batch, because images had waited long
             enough or no more came; 0 for an engine.
+        runtime: what the last batch ran on, "torch", "onnxruntime" or "openvino".
+        timings: what `Engine.warm_up` measured or found in the user's cache, for each batch size.
     """
 
     segments: tuple[SegmentReport, ...]
     waiting: tuple[int, ...]
     forced: int = 0
+    runtime: str = "torch"
+    timings: tuple[RuntimeTiming, ...] = ()
 
     @property
     def left(self) -> tuple[int, ...]:
@@ -76,6 +105,8 @@ class Report:
             f"padded {self.padded_share:.1%}, wasted {self.wasted_share:.1%},"
             f" runs below a full batch {self.forced}"
         )
+        lines.append(f"on {self.runtime}")
+        lines += [f"{timing.fastest} chosen for {timing}" for timing in self.timings]
         return "\n".join(lines)
 
 

@@ -437,7 +437,9 @@ def stream(
 ) -> Stream:
     """Answer every image of a loader, each segment at a (nearly) full batch.
 
-    The answers are those of `model.infer`. Images are moved to the model's device and dtype.
+    The answers are those of `model.infer`. Images are moved to the model's device and dtype. Segments
+    run on torch, whatever runtime an engine has chosen: an image waits between them, and the memory of
+    a runtime's outputs is overwritten by its next call.
 
     Args:
         model: in eval mode, or an `Engine` made of it.

@@ -18,9 +18,9 @@ from PIL import Image
 import lgvit_fast
 from lgvit_fast.data.transforms import InputSpec, eval_transform
 from lgvit_fast.deploy import Deployed
-from lgvit_fast.deploy.runtimes import RUNTIMES, why_missing
 from lgvit_fast.evaluation import record
 from lgvit_fast.evaluation.learning import fit_learned
+from lgvit_fast.runtimes.loaders import RUNTIMES, why_missing
 from tests.deploy import exports
 from tests.helpers import images
 
@@ -126,7 +126,7 @@ def test_large_finite_pixels_are_not_flagged(deployed):
 
 def test_tokens_are_not_copied(deployed):
     """What a graph gives is the runtime's own memory, which compaction may write to."""
-    tokens = deployed._graphs[0].run(images(3).numpy()).tokens
+    tokens = deployed._segments[0].graph.run(images(3).numpy()).tokens
     assert not tokens.flags.owndata and tokens.flags.writeable and tokens.flags.c_contiguous
 
 
@@ -134,15 +134,16 @@ def test_tokens_are_not_copied(deployed):
 def test_a_head_that_meets_infinity(runtime):
     """Logits of one exit overflow: nobody leaves there, all are flagged, the next exit answers."""
     deployed = open_export(runtime)
-    graph = deployed._graphs[1]
+    segment = deployed._segments[1]
 
     def overflow(x):
-        out = graph.run(x)
+        out = segment.graph.run(x)
         logits = out.logits.copy()
         logits[:, 2] = np.inf
         return out._replace(logits=logits, valid=np.zeros(len(x), bool))
 
-    deployed._graphs[1] = graph._replace(run=overflow)
+    broken = segment.graph._replace(run=overflow)
+    deployed._segments[1] = segment._replace(graph=broken)
     answers = deployed(images(4).numpy(), lgvit_fast.Confidence([1.0, 0.0, 0.0, 0.0]))
     assert answers.exit_index.tolist() == [2] * 4
     assert answers.nonfinite.all() and np.isfinite(answers.logits).all()

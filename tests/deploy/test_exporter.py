@@ -12,8 +12,9 @@ import timm
 import torch
 
 import lgvit_fast
-from lgvit_fast.deploy import Deployed, exporter
+from lgvit_fast.deploy import Deployed
 from lgvit_fast.deploy.manifest import Manifest
+from lgvit_fast.runtimes import segment_graph
 from tests.backbones.test_families import FAMILIES
 from tests.deploy import exports
 from tests.helpers import images, randomize, tiny_model
@@ -99,7 +100,7 @@ def test_files_say_nothing_of_the_machine():
 def test_graphs_are_plain_onnx_with_any_batch():
     for index, file in enumerate(sorted(exports.folder().glob("*.onnx"))):
         proto = onnx.load(file)
-        assert [(o.domain, o.version) for o in proto.opset_import] == [("", exporter.OPSET)]
+        assert [(o.domain, o.version) for o in proto.opset_import] == [("", segment_graph.OPSET)]
         names = [output.name for output in proto.graph.output]
         wanted = ["logits", "confidence", "entropy", "prediction", "valid", "tokens"]
         assert names == (wanted if index < 4 else wanted[:-1])
@@ -112,7 +113,7 @@ def test_the_manifest():
     assert manifest.layers == (1, 2, 3, 4, 5) and manifest.heads == exports.HEADS
     assert manifest.class_names == tuple(exports.model().class_names)
     assert manifest.policy == lgvit_fast.Entropy(0.7)
-    assert (manifest.precision, manifest.opset) == ("float32", exporter.OPSET)
+    assert (manifest.precision, manifest.opset) == ("float32", segment_graph.OPSET)
     assert manifest.preprocessing.size == (32, 32)
     content = json.loads((exports.folder() / "manifest.json").read_text())
     assert content["made_with"]["torch"] == torch.__version__
@@ -123,7 +124,7 @@ def test_the_model_stays_as_it_was():
     model = tiny_model(exits=[1], depth=2)
     x = images(2)
     expected, folded = model.infer(x).logits, model.exit_heads[0].folded
-    assert exporter._folded(model.exit_heads[0]).folded is not folded
+    assert segment_graph._folded(model.exit_heads[0]).folded is not folded
     assert model.exit_heads[0].folded is folded
     assert torch.equal(model.infer(x).logits, expected)
 
@@ -174,7 +175,7 @@ def test_onnx_is_missing(monkeypatch, tmp_path):
 def instant(monkeypatch):
     """Stands in for torch's exporter: an empty graph at once."""
     made = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
-    monkeypatch.setattr(exporter, "_to_onnx", lambda graph, example: made)
+    monkeypatch.setattr(segment_graph, "to_onnx", lambda graph, example: made)
     return made
 
 
@@ -205,7 +206,7 @@ def test_an_export_that_fails_leaves_what_was_there(instant, monkeypatch, tmp_pa
             raise OSError("disk full")
         return instant
 
-    monkeypatch.setattr(exporter, "_to_onnx", fail)
+    monkeypatch.setattr(segment_graph, "to_onnx", fail)
     for folder in ("exported", "another"):
         with pytest.raises(OSError, match="disk full"):
             lgvit_fast.export(model, tmp_path / folder)
@@ -217,11 +218,11 @@ KILLED = """
 import os, signal, sys
 import onnx
 import lgvit_fast
-from lgvit_fast.deploy import exporter
+from lgvit_fast.runtimes import segment_graph
 from tests.helpers import tiny_model
 
 made = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
-exporter._to_onnx = lambda graph, example: (
+segment_graph.to_onnx = lambda graph, example: (
     made if graph.segment.is_first else os.kill(os.getpid(), signal.SIGKILL)
 )
 lgvit_fast.export(tiny_model(exits=[1], depth=2), sys.argv[1])

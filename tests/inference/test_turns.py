@@ -18,7 +18,7 @@ POOL = images(8)
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(tiny_model(exits=[2, 3, 5]), graphs=False)
+    return Engine(tiny_model(exits=[2, 3, 5]), runtime="torch", graphs=False)
 
 
 class Asking(lgvit_fast.Patience):

@@ -116,7 +116,7 @@ def _make(task: Task) -> Answer:
     if way.early:
         from lgvit_fast.inference import Engine
 
-        engine = Engine(model, compile=compiled)
+        engine = Engine(model, runtime="torch", compile=compiled)
 
         def early(images: Tensor) -> tuple[Tensor, Tensor | None]:
             found = engine(images)
@@ -144,7 +144,7 @@ def _deployed(task: Task) -> Answer:
 
 
 def _graph(task: Task) -> Answer:
-    loaders: Any = import_module("lgvit_fast.deploy.runtimes").LOADERS
+    loaders: Any = import_module("lgvit_fast.runtimes.loaders").LOADERS
     threads = torch.get_num_threads()
     run, _, _ = loaders[task.way.engine](threads)(Path(task.model).read_bytes())
 
