@@ -1,4 +1,5 @@
-"""`lgvit_fast.export`: a model as one ONNX graph a segment. The side of `deploy` that needs torch.
+"""`lgvit_fast.export`: a model as one graph a segment, for ONNX runtimes or ExecuTorch. The side of
+`deploy` that needs torch.
 
 A graph takes the images or the tokens of the segment before it and gives the tokens after its last
 block, the exit's logits and what a policy asks of them. Heads are in their exact inference form, so a
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 from lgvit_fast import ops
 from lgvit_fast._version import __version__
 from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.deploy.executorch_file import executorch_version, to_program
 from lgvit_fast.deploy.manifest import PRECISIONS, Manifest, SegmentFile, is_exported
 from lgvit_fast.deploy.preprocess import Preprocessing
-from lgvit_fast.deploy.runtimes import SegmentOutput
+from lgvit_fast.deploy.runtimes import FORMATS, SegmentOutput
 from lgvit_fast.heads import ExitHead
 from lgvit_fast.heads.gah import GlobalAggregationHead
 from lgvit_fast.heads.lph import LocalPerceptionHead
@@ -40,7 +42,6 @@ from lgvit_fast.segments import Segment, cut
 
 __all__ = ["export"]
 
-FORMATS = ("onnx",)
 OPSET = 20  # the first with Gelu
 _LARGEST = 2**31 - 1  # bytes of a protobuf message
 _HEADS = (
@@ -63,20 +64,22 @@ def export(
 ) -> Path:
     """Write a model for ONNX Runtime or OpenVINO; `lgvit_fast.deploy.Deployed` runs it without torch.
 
-    The folder gets E + 1 ONNX graphs and `manifest.json`, and appears whole or not at all. An export
-    that was there is replaced. Images have the size that the model was made for.
+    The folder gets E + 1 ONNX graphs, or one ExecuTorch program, and `manifest.json`; it appears whole
+    or not at all. An export that was there is replaced. Images have the size the model was made for.
 
     Args:
         model: in eval mode, float32, on the CPU.
         folder: where to.
         precision: "float32".
-        format: "onnx".
+        format: "onnx", or "executorch" for one program with a method a segment, lowered to XNNPACK, for
+            phones: float32, at most 8 images a call.
 
     Returns:
         The folder.
 
     Raises:
-        RuntimeError: the model is in train mode, or onnx or onnxscript is not installed.
+        RuntimeError: the model is in train mode, or what writes the format is not installed (onnx and
+            onnxscript, or executorch).
         ValueError: bad arguments; a model of another dtype or device, packed, or with a head that has
             no known inference form; a segment beyond the 2 GB of an ONNX file.
         FileExistsError: the folder holds something else than an export.
@@ -86,21 +89,34 @@ def export(
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if occupied and not is_exported(folder):
         raise FileExistsError(f"{folder} exists and is no exported model: name another folder")
-    onnx = _onnx()
+    # Whatever is not installed is told before anything is written.
+    onnx = _onnx() if format == "onnx" else None
+    writer = {"onnx": onnx.__version__} if onnx else {"executorch": executorch_version()}
     spec = InputSpec.of(model.backbone)
     files: list[SegmentFile] = []
     with torch.no_grad(), ops.backend("torch"), _appearing(folder) as temporary:
-        # An example of two images: the exporter takes a batch of one for a constant.
-        example = torch.zeros(2, spec.channels, *spec.size)
-        heads = [_folded(cast(ExitHead, head)) for head in model.exit_heads]
-        for segment in cut(model.adapter, [exit.layer for exit in model.exits], heads):
-            proto = _to_onnx(_Graph(segment, spec.size).eval(), example)
-            onnx.checker.check_model(proto, full_check=True)
-            name = f"segment_{segment.index}.onnx"
-            files.append(_write(temporary / name, proto.SerializeToString(deterministic=True)))
-            example = segment.blocks(example, spec.size)
-        _manifest(model, spec, precision, files, onnx.__version__).save(temporary)
+        if onnx:
+            for graph, example in _graphs(model, spec):
+                proto = _to_onnx(graph, example)
+                onnx.checker.check_model(proto, full_check=True)
+                name = f"segment_{graph.segment.index}.onnx"
+                files.append(_write(temporary / name, proto.SerializeToString(deterministic=True)))
+        else:
+            with _quiet():
+                program = to_program(_graphs(model, spec))
+            files.append(_write(temporary / "segments.pte", program))
+        _manifest(model, spec, precision, format, files, writer).save(temporary)
     return folder
+
+
+def _graphs(model: LGViT, spec: InputSpec) -> Iterator[tuple[_Graph, Tensor]]:
+    """Each segment in plain PyTorch, and an example of its input."""
+    # Of two images: the exporter takes a batch of one for a constant.
+    example = torch.zeros(2, spec.channels, *spec.size)
+    heads = [_folded(cast(ExitHead, head)) for head in model.exit_heads]
+    for segment in cut(model.adapter, [exit.layer for exit in model.exits], heads):
+        yield _Graph(segment, spec.size).eval(), example
+        example = segment.blocks(example, spec.size)
 
 
 class _Graph(nn.Module):
@@ -188,8 +204,8 @@ def _take_slices(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own passes."""
-    logger = logging.getLogger("torch.onnx")
+    """Without the exporters' remarks on their own passes."""
+    logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -214,6 +230,10 @@ def _check(model: LGViT, precision: str, format: str) -> None:
     """Refuse what cannot be exported, before anything is written."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}, expected one of {', '.join(FORMATS)}")
+    if format == "executorch" and precision != "float32":
+        raise ValueError(
+            f"precision={precision!r}, expected float32: format='executorch' has no other"
+        )
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}, expected one of {', '.join(PRECISIONS)}")
     if not isinstance(model, LGViT):
@@ -276,7 +296,12 @@ def _write(path: Path, data: bytes) -> SegmentFile:
 
 
 def _manifest(
-    model: LGViT, spec: InputSpec, precision: str, files: Sequence[SegmentFile], onnx_version: str
+    model: LGViT,
+    spec: InputSpec,
+    precision: str,
+    format: str,
+    files: Sequence[SegmentFile],
+    writer: dict[str, str],
 ) -> Manifest:
     names = model.class_names
     return Manifest(
@@ -288,11 +313,8 @@ def _manifest(
         certificate=None if model.certificate is None else model.certificate.to_dict(),
         preprocessing=Preprocessing(**dataclasses.asdict(spec)),
         precision=precision,
-        opset=OPSET,
+        opset=OPSET if format == "onnx" else None,
         segments=tuple(files),
-        made_with={
-            "lgvit_fast": __version__,
-            "torch": str(torch.__version__),
-            "onnx": onnx_version,
-        },
+        made_with={"lgvit_fast": __version__, "torch": str(torch.__version__), **writer},
+        file_format=format,
     )
