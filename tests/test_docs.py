@@ -15,7 +15,7 @@ from lgvit_fast.cli.train import configure
 from lgvit_fast.training.recipes import RECIPES
 from tests.pages import PAGES, ROOT, blocks, check, furnish, narrow, run_page
 
-LANGUAGES = {"python", "sh", "json", "text", "yaml"}
+LANGUAGES = {"python", "sh", "json", "text", "yaml", "cpp"}
 
 # Why a block may be left out, and how many may say so. A new reason is a decision, not an accident.
 REASONS = {

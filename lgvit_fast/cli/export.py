@@ -14,9 +14,13 @@ and manifest.json. It runs on ONNX Runtime or OpenVINO, on machines without torc
 lgvit_fast.deploy.Deployed, `lgvit-fast predict` and `eval`, or a loop of your own (docs/deploy.md).
 Needs the packages onnx and onnxscript: pip install 'lgvit-fast[export]'.
 
+With --format executorch it gets segments.pte instead, one program with a method for each segment, for
+ExecuTorch on phones: pip install 'lgvit-fast[executorch]'.
+
 examples:
   lgvit-fast export run/stage2/best exported/
   lgvit-fast predict exported/ cat.jpg dog.png
+  lgvit-fast export run/stage2/best phone/ --format executorch
 """
 
 
@@ -28,7 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("float32",), default="float32", help="default: float32"
     )
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
+    parser.add_argument(
+        "--format", choices=("onnx", "executorch"), default="onnx", help="default: onnx"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     folder = lgvit_fast.export(model, args.folder, precision=args.precision, format=args.format)
     files = sorted(folder.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
-    print(f"{len(files) - 1} graphs, {size:.1f} MB, {args.precision}; exits under {model.policy}")
+    print(
+        f"{len(model.exits) + 1} graphs, {size:.1f} MB, {args.precision}; exits under {model.policy}"
+    )
     print(f"written to {args.folder}")
     return 0

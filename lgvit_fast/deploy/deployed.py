@@ -12,7 +12,7 @@ import numpy as np
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.deploy.manifest import Manifest
 from lgvit_fast.policies import Confidence, Policy
-from lgvit_fast.runtimes.loaders import load_runtime
+from lgvit_fast.runtimes.loaders import Graph, load_runtime
 from lgvit_fast.runtimes.loop import Answers, GraphSegment, broken_images, checked, run_graphs
 
 if TYPE_CHECKING:
@@ -31,14 +31,18 @@ class DeployedExit(NamedTuple):
 class Deployed:
     """An exported model, answering on ONNX Runtime or OpenVINO. Needs neither torch nor timm.
 
+    An export in format "executorch" answers on ExecuTorch, whose Python package needs torch.
+
     An image's answer does not depend on the batch it comes in, and is that of `LGViT.infer` to float32
     rounding. Calls from several threads wait for one another.
 
     Args:
         folder: what `lgvit_fast.export` wrote. It need not be trusted: hashes are verified, fields
             validated, and no file outside it is opened.
-        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed.
-        threads: None takes every processor this process may use.
+        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed;
+            "executorch" or "auto" for an export in that format.
+        threads: None takes every processor this process may use. ExecuTorch has one pool of threads
+            for the process: the latest `Deployed` sets its size.
 
     Attributes:
         manifest: what the export says of itself: preprocessing, precision, certificate, files.
@@ -67,23 +71,31 @@ class Deployed:
         self.exits = tuple(map(DeployedExit, layers, self.manifest.heads))
         self.num_classes = self.manifest.num_classes
         self.class_names = self.manifest.class_names
-        self.runtime, load = load_runtime(runtime, threads)
+        self.runtime, load = load_runtime(runtime, threads, self.manifest.file_format)
         self._policy: Policy = self.manifest.policy or Confidence()
         self._policy.check(len(self.exits))
         saved = self.manifest.certificate
         self.certificate = None if saved is None else Certificate.from_dict(saved)
         self._lock = threading.Lock()
         self._left = np.zeros(len(self.exits) + 1, np.int64)
-        self._segments: list[GraphSegment] = []
+        graphs: list[Graph] = []
         for index, segment in enumerate(self.manifest.segments):
             data = self.manifest.read(folder, index)
             try:
-                graph = load(data)
+                graphs.extend(load(data))
             except Exception as error:  # each runtime has exceptions of its own
                 raise ValueError(
                     f"{segment.file} is no graph that {self.runtime} can run: {error}"
                 ) from error
-            self._segments.append(GraphSegment(graph, index, self.manifest.layers[index]))
+        if len(graphs) != len(self.manifest.layers):
+            raise ValueError(
+                f"the export has {len(graphs)} graphs, its manifest says"
+                f" {len(self.manifest.layers)}: export the model anew"
+            )
+        self._segments = [
+            GraphSegment(graph, index, layer)
+            for index, (graph, layer) in enumerate(zip(graphs, self.manifest.layers, strict=True))
+        ]
         spec = self.manifest.preprocessing
         self._shape = (spec.channels, *spec.size)
         shape = self._segments[0].graph.shape

@@ -22,6 +22,7 @@ from lgvit_fast import policies
 from lgvit_fast.deploy.onnx_file import check_onnx
 from lgvit_fast.deploy.preprocess import INTERPOLATIONS, Preprocessing
 from lgvit_fast.policies import Policy
+from lgvit_fast.runtimes.loaders import FORMATS
 
 __all__ = ["MANIFEST", "PRECISIONS", "Manifest", "SegmentFile", "is_exported"]
 
@@ -54,9 +55,10 @@ class Manifest:
         certificate: what is known of the policy's accuracy, as json types, or None.
         preprocessing: how images become inputs.
         precision: one of `PRECISIONS`.
-        opset: of the ONNX graphs.
-        segments: the E + 1 graphs in order.
+        opset: of the ONNX graphs; None in another format.
+        segments: the E + 1 graphs in order; in format "executorch" the one program.
         made_with: versions of what made it, for the reader.
+        file_format: of these files, one of `lgvit_fast.runtimes.loaders.FORMATS`.
     """
 
     layers: tuple[int, ...]
@@ -67,9 +69,10 @@ class Manifest:
     certificate: dict[str, Any] | None
     preprocessing: Preprocessing
     precision: str
-    opset: int
+    opset: int | None
     segments: tuple[SegmentFile, ...]
     made_with: dict[str, str]
+    file_format: str = "onnx"
 
     @property
     def num_exits(self) -> int:
@@ -113,7 +116,7 @@ class Manifest:
         return _parse(content, path)
 
     def read(self, folder: str | os.PathLike[str], index: int) -> bytes:
-        """The bytes of a segment's graph, verified.
+        """The bytes of a file of `segments`, verified.
 
         Raises:
             FileNotFoundError: the file is missing.
@@ -134,10 +137,11 @@ class Manifest:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != segment.sha256:
             raise ValueError(f"{path} does not have the SHA-256 that {MANIFEST} says; {again}")
-        try:
-            check_onnx(data)
-        except ValueError as error:
-            raise ValueError(f"{path} is refused: {error}") from None
+        if self.file_format == "onnx":
+            try:
+                check_onnx(data)
+            except ValueError as error:
+                raise ValueError(f"{path} is refused: {error}") from None
         return data
 
 
@@ -174,6 +178,10 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         inner("interpolation", lambda value: value in INTERPOLATIONS),
         float(inner("crop_pct", _is_positive)),
     )
+    file_format = "onnx"  # what has no such field is older than the other formats
+    if "file_format" in content:
+        file_format = field("file_format", _is_format)
+    is_onnx = file_format == "onnx"
     policy = None
     if content.get("policy") is not None:
         try:
@@ -190,9 +198,13 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         None if content.get("certificate") is None else field("certificate", _is_object),
         preprocessing,
         field("precision", lambda value: value in PRECISIONS),
-        field("opset", _is_count),
-        tuple(_segment(value, path) for value in field.items("segments", _is_object, count)),
+        field("opset", _is_count) if is_onnx else None,
+        tuple(
+            _segment(value, path)
+            for value in field.items("segments", _is_object, count if is_onnx else 1)
+        ),
         {str(key): str(value) for key, value in field("made_with", _is_object).items()},
+        file_format,
     )
 
 
@@ -252,6 +264,10 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_format(value: Any) -> bool:
+    return isinstance(value, str) and value in FORMATS
+
+
 def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -268,6 +284,7 @@ _EXPECTED: dict[Callable[[Any], bool], str] = {
     _is_positive: "a positive number",
     _is_text: "a text",
     _is_object: "an object",
+    _is_format: f"one of {', '.join(FORMATS)}",
     _is_sha256: "64 hexadecimal digits",
     _is_plain_name: "the plain name of a file in the folder",
 }

@@ -83,7 +83,8 @@ class Exports:
             data = proto.SerializeToString()
             del proto
             for runtime, segments in made.items():
-                segments.append(GraphSegment(load[runtime](data), segment.index, segment.stop))
+                (graph,) = load[runtime](data)
+                segments.append(GraphSegment(graph, segment.index, segment.stop))
         sets = {runtime: tuple(segments) for runtime, segments in made.items()}
         for runtime, ready in sets.items():
             self._sets[runtime, image_size] = ready

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO behind one interface: bytes of a graph in, a function of arrays out."""
+"""ONNX Runtime, OpenVINO and ExecuTorch behind one interface: a file in, functions of arrays out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LOADERS", "RUNTIMES", "Graph", "SegmentOutput", "load_runtime", "why_missing"]
+__all__ = [
+    "FORMATS",
+    "LOADERS",
+    "METHOD",
+    "RUNTIMES",
+    "Graph",
+    "SegmentOutput",
+    "load_runtime",
+    "why_missing",
+]
+
+METHOD = "segment_{}"  # the methods of an ExecuTorch program
 
 
 # What a runtime makes of a graph: a function to its outputs, their names, and the input's shape.
@@ -43,38 +54,56 @@ class Graph(NamedTuple):
 
 def why_missing(runtime: str) -> str | None:
     """Why a runtime cannot be used, with the command that installs it; None if it can."""
-    if importlib.util.find_spec(runtime) is not None:
-        return None
-    return f"{runtime} is not installed: pip install {runtime}"
+    needed = (runtime, "torch") if runtime == "executorch" else (runtime,)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install {package}"
+    return None
 
 
-def load_runtime(runtime: str, threads: int | None) -> tuple[str, Callable[[bytes], Graph]]:
-    """The name of the runtime chosen, and what makes a graph ready on it.
+def load_runtime(
+    runtime: str, threads: int | None, format: str = "onnx"
+) -> tuple[str, Callable[[bytes], list[Graph]]]:
+    """The name of the runtime chosen, and what makes the graphs of a file ready on it.
 
     Args:
-        runtime: one of `RUNTIMES`, or "auto" for the first that is installed.
+        runtime: one that runs `format`, or "auto" for the first of these that is installed.
         threads: for one graph; None takes every processor this process may use.
+        format: of the files, one of `FORMATS`.
 
     Raises:
-        ValueError: an unknown runtime, or no thread.
+        ValueError: an unknown runtime, one that does not run this format, or no thread.
         RuntimeError: it is not installed; the message names the command that installs it.
     """
-    if runtime not in ("auto", *RUNTIMES):
-        raise ValueError(f"runtime={runtime!r}, expected auto, {' or '.join(RUNTIMES)}")
+    runtimes = FORMATS[format]
+    if runtime not in ("auto", *runtimes):
+        *others, last = ("auto", *runtimes)
+        raise ValueError(
+            f"runtime={runtime!r}, expected {', '.join(others)} or {last}:"
+            f" the export's format is {format!r}"
+        )
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ValueError(f"threads={threads!r}, expected at least 1, or None for all processors")
-    missing = {name: why_missing(name) for name in RUNTIMES if runtime in ("auto", name)}
+    missing = {name: why_missing(name) for name in runtimes if runtime in ("auto", name)}
     found = next((name for name, reason in missing.items() if reason is None), None)
     if found is None:
         raise RuntimeError(" or ".join(filter(None, missing.values())))
     count = threads or len(os.sched_getaffinity(0))
-    load = LOADERS[found](count)
+    if format == "executorch":
+        load_all = _executorch(count)
+    else:
+        load = LOADERS[found](count)
 
-    def load_segment(data: bytes) -> Graph:
-        run, names, shape = load(data)
-        return Graph(lambda x: SegmentOutput(**dict(zip(names, run(x), strict=True))), shape)
+        def load_all(data: bytes) -> list[_Loaded]:
+            return [load(data)]
 
-    return found, load_segment
+    return found, lambda data: [_graph(*loaded) for loaded in load_all(data)]
+
+
+def _graph(
+    run: Callable[[NDArray[np.float32]], Any], names: list[str], shape: tuple[int | None, ...]
+) -> Graph:
+    return Graph(lambda x: SegmentOutput(**dict(zip(names, run(x), strict=True))), shape)
 
 
 def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
@@ -128,6 +157,38 @@ def _openvino(threads: int) -> Callable[[bytes], _Loaded]:
     return load
 
 
+def _executorch(threads: int) -> Callable[[bytes], list[_Loaded]]:
+    import torch  # whose tensors the Python package of ExecuTorch takes and gives
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+    from executorch.runtime import Program, Runtime
+
+    _unsafe_reset_threadpool(threads)  # one pool for the whole process
+
+    def ready(program: Program, name: str) -> _Loaded:
+        about = program.metadata(name)
+        largest, *shape = about.input_tensor_meta(0).sizes()
+        names = list(SegmentOutput._fields[: about.num_outputs()])
+        program.load_method(name)
+
+        def run(x: NDArray[np.float32]) -> list[Any]:
+            method = program.load_method(name)  # the one loaded above; it reads the program's bytes
+            parts = [
+                method.execute([torch.from_numpy(x[start : start + largest])])
+                for start in range(0, len(x), largest)
+            ]
+            return [torch.cat(output).numpy() for output in zip(*parts, strict=True)]
+
+        return run, names, tuple(shape)
+
+    def load(data: bytes) -> list[_Loaded]:
+        program = Runtime.get().load_program(data)
+        methods = (METHOD.format(index) for index in range(len(program.method_names)))
+        return [ready(program, name) for name in methods]
+
+    return load
+
+
 # From a number of threads to what loads the bytes of any ONNX graph; "auto" takes the first installed.
 LOADERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 RUNTIMES = tuple(LOADERS)
+FORMATS = {"onnx": RUNTIMES, "executorch": ("executorch",)}  # of an export, and what runs them

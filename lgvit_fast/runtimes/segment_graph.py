@@ -30,7 +30,16 @@ from lgvit_fast.segments import Segment, cut
 if TYPE_CHECKING:
     from lgvit_fast.model import LGViT
 
-__all__ = ["OPSET", "SegmentGraph", "check_model", "require_onnx", "segment_graphs", "to_onnx"]
+__all__ = [
+    "OPSET",
+    "SegmentGraph",
+    "check_model",
+    "quiet",
+    "require_onnx",
+    "segment_graphs",
+    "segment_modules",
+    "to_onnx",
+]
 
 OPSET = 20  # the first with Gelu
 _LARGEST = 2**31 - 1  # bytes of a protobuf message
@@ -45,18 +54,15 @@ _HEADS = (
 )
 
 
-def segment_graphs(
+def segment_modules(
     model: LGViT, image_size: tuple[int, int], asked: Sequence[int] | None = None
-) -> Iterator[tuple[Segment, Any]]:
-    """The segments of a model, shallow to deep, each with its ONNX `ModelProto`, made when asked for.
+) -> Iterator[tuple[SegmentGraph, Tensor]]:
+    """The segments of a model in plain PyTorch, shallow to deep, each with an example of its input.
 
     Args:
         model: one that `check_model` lets pass, in eval mode.
-        image_size: `(height, width)` of the images that the graphs take, in pixels.
+        image_size: `(height, width)` of the images that the segments take, in pixels.
         asked: numbers (from 0, increasing) of the exits to ask; None asks all.
-
-    Raises:
-        ValueError: a segment beyond the 2 GB of an ONNX file.
     """
     layers = [spec.layer for spec in model.exits]
     heads = cast(list[ExitHead], list(model.exit_heads))
@@ -66,10 +72,28 @@ def segment_graphs(
     # An example of two images: the exporter takes a batch of one for a constant.
     example = torch.zeros(2, model.adapter.in_chans, *image_size)
     for segment in cut(model.adapter, layers, folded, places):
+        yield SegmentGraph(segment, image_size).eval(), example
         with torch.no_grad(), ops.backend("torch"):
-            proto = to_onnx(SegmentGraph(segment, image_size).eval(), example)
             example = segment.blocks(example, image_size)
-        yield segment, proto
+
+
+def segment_graphs(
+    model: LGViT, image_size: tuple[int, int], asked: Sequence[int] | None = None
+) -> Iterator[tuple[Segment, Any]]:
+    """The segments of a model, each with its ONNX `ModelProto`, made when asked for.
+
+    Args:
+        model: as of `segment_modules`.
+        image_size: likewise.
+        asked: likewise.
+
+    Raises:
+        ValueError: a segment beyond the 2 GB of an ONNX file.
+    """
+    for graph, example in segment_modules(model, image_size, asked):
+        with torch.no_grad(), ops.backend("torch"):
+            proto = to_onnx(graph, example)
+        yield graph.segment, proto
 
 
 def check_model(model: LGViT) -> None:
@@ -148,7 +172,7 @@ def _folded(head: ExitHead) -> ExitHead:
 
 def to_onnx(graph: SegmentGraph, example: Tensor) -> Any:
     """A segment as an ONNX `ModelProto` that holds its weights."""
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph,
             (example,),
@@ -188,9 +212,9 @@ def _take_slices(model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own passes."""
-    logger = logging.getLogger("torch.onnx")
+def quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own passes."""
+    logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

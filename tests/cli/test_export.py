@@ -46,6 +46,8 @@ def test_export(tmp_path, capsys, monkeypatch):
     assert given == {"precision": "float32", "format": "onnx", "policy": lgvit_fast.Entropy(0.7)}
     out = capsys.readouterr().out
     assert "5 graphs" in out and "Entropy(threshold=0.7)" in out
+    run("export", tmp_path / "model", tmp_path / "phone", "--format", "executorch")
+    assert given["format"] == "executorch"
 
 
 def test_export_onto_the_model(tmp_path, capsys):
