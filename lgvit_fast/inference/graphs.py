@@ -178,6 +178,7 @@ class BucketRunner:
         once = {id(buffer): buffer for buffer in self.tokens[1:]}
         buffers = (*once.values(), self.state, self.rows, self._entering, *self.answer.tensors())
         saved = [buffer.clone() for buffer in buffers]
+        self._entering.fill_(bucket)  # of an earlier run there may be more
         if self._pool is not None:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)

@@ -41,3 +41,14 @@ def test_an_exit_in_buckets_adds_few_operations():
             everything = operations(step)
         extra = len(everything) - len(operations(head))
         assert 1 <= extra <= MOST, everything
+
+
+def test_smaller_batches_can_be_captured_after_larger_ones():
+    model = tiny_model().eval()
+    engine = lgvit_fast.Engine(model, max_batch=4, graphs="eager", buckets=[1, 2, 4])
+    images = torch.randn(4, 3, *model.backbone.patch_embed.img_size)
+    everywhere = lgvit_fast.Replay(torch.arange(4) % (len(model.exits) + 1))
+    first = engine(images, everywhere)
+    engine.warm_up(images[:1], everywhere)
+    again = engine(images, everywhere)
+    assert all(map(torch.equal, first.tensors(), again.tensors()))
