@@ -15,8 +15,9 @@ from lgvit_fast.certificate import Certificate
 from lgvit_fast.data.batches import BadImage, Batch, Key, Source
 from lgvit_fast.data.seeds import generator
 from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.deploy.dense import TITLES, export_dense, quantize, why_not
+from lgvit_fast.deploy.exporter import export
 from lgvit_fast.evaluation.recording import Recording, record
-from lgvit_fast.evaluation.report.exports import export_dense, export_early, quantize, why_not
 from lgvit_fast.evaluation.report.measuring import measure_all
 from lgvit_fast.evaluation.report.rivals import input_spec, load_rival
 from lgvit_fast.evaluation.report.rows import ENGINES, PRECISIONS, LeftOut, Row, Way
@@ -30,7 +31,6 @@ from lgvit_fast.policies import to_dict
 __all__ = ["FEWEST_IMAGES", "Report", "Sample", "make_report"]
 
 FEWEST_IMAGES = 20
-_RUNTIMES = ("onnxruntime", "openvino")
 _CALIBRATION_IMAGES = 128
 
 
@@ -337,7 +337,7 @@ def _plan(
         for engine in engines:
             for precision in precisions:
                 way = Way(engine, precision, early, rival)
-                if engine not in _RUNTIMES:
+                if engine not in TITLES:
                     if precision == "float32":
                         planned.append(way)
                     continue
@@ -368,7 +368,7 @@ class _Exports:
         Raises:
             Exception: whatever the export raised, at every way that needs it.
         """
-        if way.engine not in _RUNTIMES:
+        if way.engine not in TITLES:
             return way.rival or str(self._saved)
         key = (way.rival, way.early, way.precision)
         if key not in self._made:
@@ -387,8 +387,10 @@ class _Exports:
         if way.early:
             assert isinstance(model, LGViT)
             keys = [(0, place) for place in range(min(len(self.calibration), _CALIBRATION_IMAGES))]
-            export_early(model, path, way.precision, self.calibration.__getitems__(keys).images)
-            return str(path)
+            options: dict[str, Any] = {}
+            if way.precision != "float32":
+                options["calibration"] = self.calibration.__getitems__(keys).images
+            return str(export(model, path, precision=way.precision, **options))
         path = path.with_suffix(".onnx")
         if way.precision == "int8":
             source = self.of(Way(way.engine, "float32", way.early, way.rival))

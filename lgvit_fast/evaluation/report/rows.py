@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgvit_fast.clock import Spread
+from lgvit_fast.deploy.dense import TITLES
 from lgvit_fast.evaluation.bounds import drop_interval, rate_interval
 
 __all__ = ["ENGINES", "PRECISIONS", "LeftOut", "Row", "Way"]
@@ -15,8 +16,7 @@ __all__ = ["ENGINES", "PRECISIONS", "LeftOut", "Row", "Way"]
 ENGINES = {
     "eager": "PyTorch",
     "compiled": "PyTorch, compiled",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
+    **TITLES,
 }
 PRECISIONS = ("float32", "int8")
 

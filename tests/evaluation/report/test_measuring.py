@@ -2,16 +2,16 @@
 
 import os
 import signal
-import time
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+import lgvit_fast
 from lgvit_fast.data.batches import Batch
 from lgvit_fast.evaluation.report import Way
-from lgvit_fast.evaluation.report.measuring import _Process, measure_all
-from lgvit_fast.evaluation.report.worker import Task, _full_batches
+from lgvit_fast.evaluation.report.measuring import measure_all
+from lgvit_fast.evaluation.report.worker import Task, Worker, _full_batches
 from tests.helpers import images, tiny_model
 
 COUNT = 21
@@ -80,18 +80,15 @@ def test_rows_and_what_is_left_out(folder):
     assert "batch 8: round 2 of 2" in lines
 
 
-def test_a_process_is_stopped_when_it_is_not_its_turn(folder):
-    process = _Process(task(folder, Way("eager")))
-    try:
-        assert process.ask() == "ready"
-        stat = Path(f"/proc/{process._process.pid}/stat")
-        deadline = time.monotonic() + 20
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline, "it still runs"
-            time.sleep(0.01)
-        assert process.ask(1) > 0
-    finally:
-        process.close()
+@pytest.mark.skipif(not find_spec("onnx") or not find_spec("onnxruntime"), reason="not installed")
+def test_an_exported_model_answers_as_the_model(tmp_path):
+    model = tiny_model(exits=2, depth=3)
+    lgvit_fast.export(model, tmp_path / "early")
+    way = Way("onnxruntime", early=True)
+    classes, layers = Worker(task(str(tmp_path / "early"), way))(None)
+    expected = model.infer(images(COUNT))
+    assert classes.tolist() == expected.prediction.tolist()
+    assert layers.tolist() == expected.exit_layer.tolist()
 
 
 def test_bad_numbers():
