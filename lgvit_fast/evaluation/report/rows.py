@@ -15,7 +15,8 @@ __all__ = ["ENGINES", "PRECISIONS", "LeftOut", "Row", "Way"]
 # What runs a model, and what it is called on the page.
 ENGINES = {
     "eager": "PyTorch",
-    "compiled": "PyTorch, compiled",
+    "compiled": "compiled PyTorch",
+    "engine": "lgvit_fast.Engine",
     **TITLES,
 }
 PRECISIONS = ("float32", "int8")

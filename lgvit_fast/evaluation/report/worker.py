@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,18 +102,16 @@ def _make(task: Task) -> Answer:
         load_rival(way.rival, task.num_classes) if way.rival else LGViT.from_pretrained(task.model)
     )
     model = model.to(task.device).eval()
-    compiled = way.engine == "compiled"
-    if way.early:
-        from lgvit_fast.inference import Engine
-
-        engine = Engine(model, compile=compiled)
+    if way.early or way.engine == "engine":
+        answer = _answering(model, way)
 
         def early(images: Tensor) -> tuple[Tensor, Tensor | None]:
-            found = engine(images)
-            return found.prediction, found.exit_layer
+            found = answer(images)
+            return found.prediction, found.exit_layer if way.early else None
 
         return early
     backbone = model.backbone if isinstance(model, LGViT) else model
+    compiled = way.engine == "compiled"
     run = torch.compile(backbone, dynamic=False) if compiled else backbone
 
     def dense(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +119,17 @@ def _make(task: Task) -> Answer:
             return run(images).argmax(-1), None
 
     return dense
+
+
+def _answering(model: Any, way: Way) -> Callable[[Tensor], Any]:
+    """What gives an `Inference` of images; an engine without exits for a full model."""
+    from lgvit_fast.inference import Engine
+
+    if way.engine == "eager":
+        return cast(Callable[[Tensor], Any], model.infer)
+    if way.engine == "compiled":
+        return Engine(model, compile=True)
+    return Engine(model, exits=None if way.early else ())
 
 
 def _deployed(task: Task) -> Answer:
