@@ -1,8 +1,9 @@
 """`lgvit-fast bench model`: what early exit gains by the clock, every way beside every other.
 
-A recorded trace says where each image leaves, so that the weights do not matter. All ways run the same
-images in one process and take turns batch by batch, so that a slow moment of the machine hits all; a
-ratio is the median over rounds of ratios of a round.
+A recorded trace says where each image leaves, so that the weights do not matter for speed. Every way
+runs the same images in a process of its own, and the processes take turns block by block, so that a
+slow moment of the machine hits all and no way is slowed by another's idle threads. A ratio is the
+median over rounds of ratios of a round.
 """
 
 from __future__ import annotations
@@ -11,152 +12,180 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from lgvit_fast.arguments import UsageError, count
+from lgvit_fast.bench.passes import Measured, measure
 from lgvit_fast.bench.traces import TRACES, Trace
-from lgvit_fast.bench.ways import Way, ways
+from lgvit_fast.bench.ways import DENSE, PLANNED, LeftOut, Subject, Way, ways
 from lgvit_fast.checkpoints.files import save_json, write_atomic
-from lgvit_fast.clock import seconds as seconds_of
+from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.deploy.dense import export_dense, quantize
+from lgvit_fast.deploy.exporter import export
 from lgvit_fast.inference import Plan, plan_exits
 from lgvit_fast.machine import machine
 from lgvit_fast.model import LGViT, create_model
-from lgvit_fast.ops.torch_private import profiled_allocations
-from lgvit_fast.policies import Replay
 
-__all__ = ["Row", "bench_model", "configure", "markdown", "plot", "run"]
+__all__ = ["Row", "configure", "exported", "markdown", "plot", "rows_of", "run"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one way did at one batch size.
+    """What one way did at one batch size. None where what it is compared with was not measured.
 
     Attributes:
         way: its name.
         batch_size: images a call (or a segment waits for, in a stream).
+        precision: of its matrices.
         ms_per_image: median over rounds.
         images_per_second: the inverse.
         speedup: over eager dense timm.
         like: the dense way of the same kind.
+        best_dense: the fastest dense way of the same precision.
+        over_best_dense: speed-up over that.
         layer_ratio: depth / mean exit layer of these images; 1 for a dense way.
         realised_share: speed-up over `like` / layer ratio; 1 for a dense way.
+        kept_share: `over_best_dense` / layer ratio.
+        accuracy: percent right of the model that the trace was recorded with; None where that is not
+            known, and in int8, whose answers are others.
         spread: lowest and highest `speedup` of a round.
         p50_ms: of a call; None for a stream.
         p99_ms: likewise.
-        working_mib: most memory held at once beyond the weights, while answering.
+        working_mib: most memory held at once beyond the weights, while answering; None where a runtime
+            does not tell.
     """
 
     way: str
     batch_size: int
+    precision: str
     ms_per_image: float
     images_per_second: float
-    speedup: float
+    speedup: float | None
     like: str
+    best_dense: str | None
+    over_best_dense: float | None
     layer_ratio: float
-    realised_share: float
-    spread: tuple[float, float]
+    realised_share: float | None
+    kept_share: float | None
+    accuracy: float | None
+    spread: tuple[float, float] | None
     p50_ms: float | None
     p99_ms: float | None
-    working_mib: float
+    working_mib: float | None
+
+    @property
+    def dense(self) -> bool:
+        """Whether every image runs to the end, without exit heads."""
+        return self.way == self.like
 
 
-@torch.no_grad()
-def bench_model(
-    model: LGViT,
-    images: Tensor,
-    policy: Replay,
-    batch_size: int,
+def rows_of(
     chosen: Sequence[Way],
-    rounds: int = 3,
+    measured: Mapping[str, Measured],
+    trace: Trace,
+    script: Sequence[int],
+    batch_size: int,
 ) -> list[Row]:
-    """Measure ways on the same images; the first way is the one others are compared with.
+    """A row for each way that was measured.
 
     Args:
-        model: in eval mode.
-        images: `[n, channels, height, width]` on the model's device.
-        policy: scripts the n exits.
+        chosen: the ways.
+        measured: of `measure`.
+        trace: where the images leave, and how accurate that is.
+        script: the exits it gave to the images.
         batch_size: images a call.
-        chosen: from `ways`; each way's `like` must be among them.
-        rounds: timed passes of each, after one to warm up.
     """
-    device = images.device
-    peaks = {}
-    for way in chosen:  # warm up: compile, capture, choose algorithms
-        for call in way.start(images, policy, batch_size):
-            call()
-        calls = way.start(images, policy, batch_size)
-        peaks[way.name] = _peak_mib(calls[:2] if way.in_batches else calls, device)
-    seconds: dict[str, list[float]] = {way.name: [] for way in chosen}
-    latencies: dict[str, list[float]] = {way.name: [] for way in chosen}
-    for _ in range(rounds):
-        passes = [way.start(images, policy, batch_size) for way in chosen]
-        times: list[list[float]] = [[] for _ in chosen]
-        for turn in range(len(passes[0])):
-            for place in range(len(chosen)):
-                place = (place + turn) % len(chosen)  # not always after the same way
-                times[place].append(seconds_of(passes[place][turn], device))
-        for way, own in zip(chosen, times, strict=True):
-            seconds[way.name].append(sum(own))
-            latencies[way.name] += own
-    base = np.array(seconds[chosen[0].name])
-    layer_ratio = _layer_ratio(model, policy)
+    chosen = [way for way in chosen if way.name in measured]
+    seconds = {name: np.array([sum(p) for p in m.passes]) for name, m in measured.items()}
+    layer_ratio = trace.layers[-1] * len(script) / sum(trace.layers[exit] for exit in script)
     rows = []
     for way in chosen:
-        taken = np.array(seconds[way.name])
-        ratio = 1.0 if way.like == way.name else layer_ratio
-        per_image = float(np.median(taken)) / len(images)
-        calls_ms = np.array(latencies[way.name]) * 1000 if way.in_batches else None
+        taken, own = seconds[way.name], measured[way.name]
+        rivals = [w.name for w in chosen if w.dense and w.precision == way.precision]
+        best = min(rivals, key=lambda name: float(np.median(seconds[name])), default=None)
+        gains = {name: base / taken for name, base in seconds.items()}
+        medians = {name: float(np.median(gain)) for name, gain in gains.items()}
+        ratio = 1.0 if way.dense else layer_ratio
+        per_image = float(np.median(taken)) / len(script)
+        calls_ms = 1000 * np.concatenate(own.passes)
+        p50, p99 = np.percentile(calls_ms, (50, 99)).tolist() if way.in_batches else (None, None)
+        eager = gains.get(DENSE)
+        over_best = None if best is None else medians[best]
         rows.append(
             Row(
                 way=way.name,
                 batch_size=batch_size,
+                precision=way.precision,
                 ms_per_image=1000 * per_image,
                 images_per_second=1 / per_image,
-                speedup=float(np.median(base / taken)),
+                speedup=medians.get(DENSE),
                 like=way.like,
+                best_dense=best,
+                over_best_dense=over_best,
                 layer_ratio=ratio,
-                realised_share=float(np.median(np.array(seconds[way.like]) / taken)) / ratio,
-                spread=(float((base / taken).min()), float((base / taken).max())),
-                p50_ms=None if calls_ms is None else float(np.percentile(calls_ms, 50)),
-                p99_ms=None if calls_ms is None else float(np.percentile(calls_ms, 99)),
-                working_mib=peaks[way.name],
+                realised_share=medians[way.like] / ratio if way.like in medians else None,
+                kept_share=None if over_best is None else over_best / ratio,
+                accuracy=_accuracy(way, trace),
+                spread=None if eager is None else (float(eager.min()), float(eager.max())),
+                p50_ms=p50,
+                p99_ms=p99,
+                working_mib=own.working_mib,
             )
         )
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table."""
-    lines = [
-        "| batch | way | ms/image | images/s | speed-up | layer ratio | realised | p50 ms | p99 ms"
-        " | working MiB |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+def _accuracy(way: Way, trace: Trace) -> float | None:
+    if way.precision == "int8":
+        return None
+    return trace.dense_accuracy if way.dense else trace.accuracy
+
+
+_COLUMNS = {
+    "batch": "---:", "way": "---", "ms/image": "---:", "images/s": "---:", "speed-up": "---:",
+    "over best dense": "---:", "layer ratio": "---:", "realised": "---:", "kept": "---:",
+    "accuracy": "---:", "p50 ms": "---:", "p99 ms": "---:", "working MiB": "---:",
+}  # fmt: skip
+
+
+def markdown(rows: Sequence[Row], failed: Sequence[tuple[int, LeftOut]] = ()) -> str:
+    """Rows as a Markdown table, then those of ways that failed, with the reason."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_COLUMNS, _COLUMNS.values())]
     for row in rows:
-        dense = row.way == row.like
+        early = not row.dense
         cells = [
             str(row.batch_size),
             row.way,
             f"{row.ms_per_image:.2f}",
             f"{row.images_per_second:.2f}",
-            f"{row.speedup:.2f}x",
-            "" if dense else f"{row.layer_ratio:.2f}x",
-            "" if dense else f"{row.realised_share:.3f}",
-            "" if row.p50_ms is None else f"{row.p50_ms:.1f}",
-            "" if row.p99_ms is None else f"{row.p99_ms:.1f}",
-            f"{row.working_mib:.0f}",
+            _shown(row.speedup, ".2f", "x"),
+            _shown(row.over_best_dense, ".2f", "x"),
+            _shown(row.layer_ratio if early else None, ".2f", "x"),
+            _shown(row.realised_share if early else None, ".3f"),
+            _shown(row.kept_share if early else None, ".3f"),
+            _shown(row.accuracy, ".1f", " %"),
+            _shown(row.p50_ms, ".1f"),
+            _shown(row.p99_ms, ".1f"),
+            _shown(row.working_mib, ".0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    for batch_size, (way, reason) in failed:
+        cells = [str(batch_size), way, "failed: " + reason.replace("|", "/")]
+        lines.append("| " + " | ".join(cells + [""] * (len(_COLUMNS) - 3)) + " |")
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
@@ -168,12 +197,14 @@ def plot(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> 
 
 def speedup_figure(rows: Sequence[Row], title: str = "") -> Figure:
     """What `plot` draws."""
+    rows = [row for row in rows if row.speedup is not None]
     sizes = sorted({row.batch_size for row in rows})
-    figure = Figure(figsize=(7.5, 0.9 + 2.2 * len(sizes)), dpi=150, layout="constrained")
+    height = 0.9 + sum(0.7 + 0.25 * sum(r.batch_size == size for r in rows) for size in sizes)
+    figure = Figure(figsize=(7.5, height), dpi=150, layout="constrained")
     panels = figure.subplots(len(sizes), 1, sharex=True, squeeze=False)[:, 0]
     for axes, size in zip(panels, sizes, strict=True):
         shown = [row for row in rows if row.batch_size == size][::-1]
-        colours = ["#8a8f98" if row.way == row.like else "#1f77b4" for row in shown]
+        colours = ["#8a8f98" if row.dense else "#1f77b4" for row in shown]
         bars = axes.barh([row.way for row in shown], [r.speedup for r in shown], color=colours)
         # on white and above the dashed line, which would run through a number
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
@@ -188,10 +219,58 @@ def speedup_figure(rows: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
+def exported(
+    model: LGViT, chosen: Sequence[Way], folder: Path
+) -> tuple[dict[str, str], dict[str, str], list[LeftOut]]:
+    """What the runtimes load: graphs of the backbone alone and exports, by precision, and failures.
+
+    int8 is calibrated on noise: the figures are of speed.
+
+    Args:
+        model: in eval mode, float32, on the CPU.
+        chosen: only what these ways need is made.
+        folder: where to.
+    """
+    spec = InputSpec.of(model.backbone)
+    dense: dict[str, str] = {}
+    early: dict[str, str] = {}
+    failed = []
+    needed = dict.fromkeys((way.precision, way.dense) for way in chosen if way.runtime)
+    for precision, is_dense in needed:
+        path = folder / f"{'dense' if is_dense else 'exits'}-{precision}"
+        try:
+            if not is_dense:
+                options: dict[str, Any] = {}
+                if precision != "float32":
+                    noise = torch.randn(32, spec.channels, *spec.size)
+                    options = {"calibration": noise, "force": True}
+                early[precision] = str(export(model, path, precision=precision, **options))
+                continue
+            path = path.with_suffix(".onnx")
+            if precision == "int8":
+                whole = folder / "whole.onnx"
+                export_dense(model.backbone, spec, whole)
+                quantize(whole, path)
+            else:
+                export_dense(model.backbone, spec, path)
+            dense[precision] = str(path)
+        except Exception as error:  # exporters raise anything
+            reason = f"{type(error).__name__}: " + " ".join(f"{error}".split())[:300]
+            failed += [
+                LeftOut(way.name, reason)
+                for way in chosen
+                if way.runtime and (way.precision, way.dense) == (precision, is_dense)
+            ]
+    return dense, early, failed
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "--model", default="vit_base_patch16_224", metavar="NAME", help="timm name (ViT-B/16)"
+        "--model",
+        default="vit_base_patch16_224",
+        metavar="NAME",
+        help="timm name (ViT-B/16), or folder of a saved model",
     )
     parser.add_argument(
         "--batch-size",
@@ -208,13 +287,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=count, default=64, metavar="N", help="a round (64)")
     parser.add_argument("--rounds", type=count, default=3, metavar="N", help="timed passes (3)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="in PyTorch"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("float32", "int8"),
+        default=["float32"],
+        help="on ONNX Runtime and OpenVINO (float32)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="of every way (as many as cores)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument(
         "--plan", action="store_true", help="also plan the exits, and check the plan's prediction"
     )
     parser.add_argument("--only", nargs="+", metavar="WAY", help="names of ways as in the table")
+    parser.add_argument(
+        "--timeout", type=count, default=900, metavar="S", help="give a way up after so long (900)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the speed-ups")
 
@@ -222,39 +316,62 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command: prints a table, returns the exit code."""
     trace = TRACES[args.trace] if args.trace in TRACES else Trace.load(args.trace)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    torch.manual_seed(0)
-    model = create_model(args.model, exits=trace.layers[:-1], num_classes=100)
-    model = model.to(device, dtype).eval()
-    if model.num_blocks != trace.layers[-1]:
-        raise ValueError(
-            f"the trace {trace.name!r} is of a model with {trace.layers[-1]} blocks,"
-            f" {args.model} has {model.num_blocks}"
-        )
-    size = cast(tuple[int, int, int], model.pretrained_cfg["input_size"])
+    model = _model(args.model, trace)
+    chosen, left_out = ways(
+        args.device,
+        dtype,
+        compiled=not args.no_compile,
+        planned=args.plan,
+        precisions=args.precision,
+    )
+    if args.only:
+        chosen, left_out = _only(args.only, chosen, left_out), []
     sizes = args.batch_size or ([1, 16, 64, 256] if device.type == "cuda" else [1, 8, 16, 32])
     rows: list[Row] = []
+    failed: list[tuple[int, LeftOut]] = []
     plans: list[dict[str, Any]] = []
-    for batch_size in sizes:
-        number = max(args.images, batch_size)
-        images = torch.randn(number, *size, device=device, dtype=dtype)
-        policy = trace.policy(number, [spec.layer for spec in model.exits])
-        plan = None
-        if args.plan:
-            histogram = np.bincount(policy.exit_index, minlength=len(trace.images)).tolist()
-            plan = plan_exits(model, histogram, batch_size)
-        chosen = ways(model, batch_size, not args.no_compile, None if plan is None else plan.exits)
-        if args.only:
-            _check_ways(args.only, chosen)
-            kept = {chosen[0].name, *args.only} | ({"engine, planned exits"} if plan else set())
-            kept |= {way.like for way in chosen if way.name in kept}
-            chosen = [way for way in chosen if way.name in kept]
-        rows += bench_model(model, images, policy, batch_size, chosen, args.rounds)
-        if plan is not None:
-            plans.append(_checked(plan, batch_size, rows))
-        torch.compiler.reset()
+    with tempfile.TemporaryDirectory(prefix="lgvit-bench-") as temporary:
+        model.save_pretrained(Path(temporary) / "model")
+        dense, early, unexported = exported(model, chosen, Path(temporary))
+        failing = {way for way, _ in unexported}
+        going = [way for way in chosen if way.name not in failing]
+        saved = str(Path(temporary) / "model")
+        subject = Subject(saved, args.device, dtype, dense=dense, exported=early)
+        model = model.to(device, dtype)
+        spec = InputSpec.of(model.backbone)
+        for size in sizes:
+            number = max(args.images, size)
+            script = trace.policy(number, [e.layer for e in model.exits]).exit_index.tolist()
+            plan = None
+            if args.plan:
+                histogram = np.bincount(script, minlength=len(trace.images)).tolist()
+                plan = plan_exits(model, histogram, size)
+                subject = replace(subject, exits=plan.exits)
+            measured, broken = measure(
+                going,
+                subject,
+                (spec.channels, *spec.size),
+                script,
+                size,
+                args.rounds,
+                args.timeout,
+                progress=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+            rows += rows_of(chosen, measured, trace, script, size)
+            failed += [(size, reason) for reason in (*unexported, *broken)]
+            if plan is not None and PLANNED in measured:
+                plans.append(_checked(plan, size, rows))
+    facts = machine()
     print(f"{args.model}, {args.dtype}, {device}\ntrace {trace}")
-    print(markdown(rows))
+    print(
+        f"{facts['processor']} ({' '.join(facts['instructions'])}), {facts['threads']} threads;"
+        f" torch {facts['torch']}, onnxruntime {facts['onnxruntime']}, openvino {facts['openvino']}"
+    )
+    print(markdown(rows, failed))
+    print("\n".join(_notes(rows, left_out)))
     for checked in plans:
         print(
             "batch {batch_size}: planned exits {exits}; predicted {predicted_ms:.2f} ms/image,"
@@ -274,21 +391,59 @@ def run(args: argparse.Namespace) -> int:
                 "rounds": args.rounds,
                 "command": " ".join(sys.argv[1:]),
                 "commit": _commit(),
-                "machine": machine(),
+                "machine": facts,
                 "rows": [asdict(row) for row in rows],
+                "failed": [{"batch_size": size, **f._asdict()} for size, f in failed],
+                "left_out": [missing._asdict() for missing in left_out],
                 "plans": plans,
             },
         )
     return 0
 
 
-def _check_ways(names: Sequence[str], chosen: Sequence[Way]) -> None:
+def _model(name: str, trace: Trace) -> LGViT:
+    """A saved model, or one with random weights and the trace's exits."""
+    if Path(name).is_dir():
+        model = LGViT.from_pretrained(name)
+    else:
+        torch.manual_seed(0)
+        model = create_model(name, exits=trace.layers[:-1], num_classes=100)
+    if model.num_blocks != trace.layers[-1]:
+        raise ValueError(
+            f"the trace {trace.name!r} is of a model with {trace.layers[-1]} blocks,"
+            f" {name} has {model.num_blocks}"
+        )
+    trace.policy(1, [exit.layer for exit in model.exits])  # raises where the exits are others
+    return model.float().eval()
+
+
+def _only(names: Sequence[str], chosen: Sequence[Way], left_out: Sequence[LeftOut]) -> list[Way]:
+    """The ways named, what they are compared with, and the plan's."""
     known = [way.name for way in chosen]
     unknown = [name for name in names if name not in known]
     if unknown:
+        missing = "".join(f"; {way}: {reason}" for way, reason in left_out)
         raise UsageError(
-            f"--only {', '.join(map(repr, unknown))}: expected ways out of {', '.join(known)}"
+            f"--only {', '.join(map(repr, unknown))}: expected ways out of"
+            f" {'; '.join(known)}{missing}"
         )
+    kept = {DENSE, PLANNED, *names}
+    kept |= {way.like for way in chosen if way.name in kept}
+    return [way for way in chosen if way.name in kept]
+
+
+def _notes(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> Iterator[str]:
+    """How to read the table, and what is not in it."""
+    best = dict.fromkeys(
+        f"batch {r.batch_size}, {r.precision}: {r.best_dense}" for r in rows if r.best_dense
+    )
+    yield "speed-up: over eager dense timm; best dense in the same precision: " + "; ".join(best)
+    yield (
+        "share of the layer ratio: realised over the dense way of the same kind, kept over the best;"
+        " accuracy: of the model that the trace was recorded with"
+    )
+    for way, reason in left_out:
+        yield f"left out: {way}: {reason}"
 
 
 def _checked(plan: Plan, batch_size: int, rows: Sequence[Row]) -> dict[str, Any]:
@@ -298,34 +453,10 @@ def _checked(plan: Plan, batch_size: int, rows: Sequence[Row]) -> dict[str, Any]
         "batch_size": batch_size,
         "exits": list(plan.exits),
         "predicted_ms": 1000 * plan.seconds,
-        "measured_ms": measured["engine, planned exits"],
+        "measured_ms": measured[PLANNED],
         "predicted_all_ms": 1000 * plan.seconds_with_all,
         "measured_all_ms": measured.get("engine", float("nan")),
     }
-
-
-def _layer_ratio(model: LGViT, policy: Replay) -> float:
-    layers = [*(spec.layer for spec in model.exits), model.num_blocks]
-    left = [layers[min(i, len(layers) - 1)] for i in policy.exit_index.tolist()]
-    return float(model.num_blocks * len(left) / sum(left))
-
-
-def _peak_mib(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
-    """Most memory that torch held at once during the calls, beyond what it held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        for call in calls:
-            call()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is chatty where there is no GPU
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        for call in calls:
-            call()
-    sizes = [size for _, size in profiled_allocations(profile)]
-    return float(np.cumsum([0, *sizes]).max()) / 2**20
 
 
 def _commit() -> str | None:

@@ -12,10 +12,11 @@ SUITES = {
 }
 
 _NOTES = """\
-Both sides of every ratio run in one process and take turns.
+Both sides of every ratio take turns: in one process for heads, a process each for models.
 
 examples:
   lgvit-fast bench heads
+  lgvit-fast bench model --batch-size 1 16 --json model.json
   lgvit-fast bench heads --batch-size 1 16 --json heads.json
 """
 

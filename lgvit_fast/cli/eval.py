@@ -79,6 +79,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--out", default="eval-output", metavar="FOLDER", help="default: eval-output"
     )
+    choice.add_argument(
+        "--save-recording",
+        type=Path,
+        metavar="FILE",
+        help="write what every exit says of every image (safetensors, for Recording.load)",
+    )
     timing = parser.add_argument_group("timing")
     timing.add_argument(
         "--timing-batch",
@@ -152,6 +158,9 @@ def run(args: argparse.Namespace) -> int:
     data = f"{args.dataset} {args.data}".strip()
     write(evaluation, model, Path(args.out), {"model": args.model, "data": data})
     print(f"\nreport.json, tradeoff.png and exits.png are in {args.out}")
+    if args.save_recording is not None:
+        evaluation.everything.save(args.save_recording)
+        print(f"{len(evaluation.everything)} images are recorded in {args.save_recording}")
     if args.save_policy:
         model.policy = evaluation.chosen.policy
         model.save_pretrained(args.model)

@@ -15,7 +15,8 @@ from lgvit_fast.text import printable
 
 _NOTES = """\
 Answers the same images in every way there is here: the full model, early exit, and each rival, on
-PyTorch (eager and compiled), ONNX Runtime and OpenVINO where they are installed, in float32 and int8.
+PyTorch (eager, compiled, and lgvit_fast.Engine), ONNX Runtime and OpenVINO where they are installed, in
+float32 and int8.
 Each way has a process of its own, and they take turns against the clock. The page has the accuracies
 with intervals, the times, and a verdict in plain words. Use images that took no part in training.
 
@@ -50,9 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     compared.add_argument(
         "--engines",
         nargs="+",
-        default=["eager", "compiled", "onnxruntime", "openvino"],
+        default=["eager", "compiled", "engine", "onnxruntime", "openvino"],
         metavar="ENGINE",
-        help="eager, compiled, onnxruntime, openvino (default: all that run here)",
+        help="eager, compiled, engine, onnxruntime, openvino (default: all that run here)",
     )
     compared.add_argument(
         "--precisions",

@@ -4,7 +4,7 @@
     deployed = lgvit_fast.deploy.Deployed("exported")   # anywhere
     answers = deployed.predict(["cat.jpg", "dog.png"])
 
-`exporter` is the side that needs torch; nothing else here imports it.
+`exporter` and `dense` are the side that needs torch; nothing else here imports it.
 """
 
 from lgvit_fast.deploy.deployed import Answers, Deployed

@@ -29,6 +29,7 @@ class Evaluation:
 
     Attributes:
         recording: what every classifier said of the images reported on.
+        everything: likewise of all images, those to choose on, too.
         selection_images: other images, on which the policy was chosen; 0 if it was given.
         points: the swept policies, ordered by layer ratio.
         chosen: the policy in use, given or chosen.
@@ -40,6 +41,7 @@ class Evaluation:
     """
 
     recording: Recording
+    everything: Recording
     selection_images: int
     points: list[Point]
     chosen: Point
@@ -113,7 +115,7 @@ def evaluate(
     batches: Iterable[Batch] = progress(loader.epoch(), len(loader))
     if relabel is not None:
         batches = (batch._replace(targets=relabel(batch.targets)) for batch in batches)
-    recording = record(model, batches, autocast)
+    everything = recording = record(model, batches, autocast)
     selection, rows = recording, torch.arange(len(recording))
     selection_images = 0
     if policy is None:
@@ -155,6 +157,7 @@ def evaluate(
     ]
     return Evaluation(
         recording,
+        everything,
         selection_images,
         points,
         chosen,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgvit_fast.checkpoints.files import read_weights, save_weights
 from lgvit_fast.data.batches import BadImage, Batch
 from lgvit_fast.data.seeds import generator
 from lgvit_fast.model import LGViT
 
 __all__ = ["Recording", "record"]
+
+_BAD = "unreadable"  # metadata of a file: names and reasons
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,34 @@ class Recording:
                 f"the images have a class number {strange}, the model has"
                 f" {self.num_classes} classes, 0 to {self.num_classes - 1}"
             )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: logits, targets if there are any, layers, unreadable files.
+
+        Raises:
+            OSError: it cannot be written; what stood there before is intact.
+        """
+        tensors = {"logits": self.logits, "layers": torch.tensor(self.layers)}
+        if self.targets is not None:
+            tensors["targets"] = self.targets
+        save_weights(path, tensors, {_BAD: json.dumps(self.bad)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: a damaged file, or one that is no recording.
+        """
+        tensors, metadata = read_weights(path)
+        try:
+            bad = [BadImage(str(name), str(reason)) for name, reason in json.loads(metadata[_BAD])]
+            logits, layers = tensors["logits"], tuple(tensors["layers"].tolist())
+        except (KeyError, TypeError, ValueError):
+            expected = "expected a file that `Recording.save` wrote"
+            raise ValueError(f"{path} is no recording: {expected}") from None
+        return cls(logits, tensors.get("targets"), layers, bad)
 
     def __len__(self) -> int:
         """How many images."""

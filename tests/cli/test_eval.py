@@ -8,6 +8,7 @@ import torch
 
 import lgvit_fast
 from lgvit_fast.cli import main
+from lgvit_fast.evaluation import Recording
 from tests.cli.conftest import CLASSES, save_image
 from tests.helpers import tiny_model
 
@@ -38,6 +39,18 @@ def test_the_report_holds_what_was_printed(saved, labelled, tmp_path, capsys):
     assert f"{found['chosen']['layer_ratio']:.2f}x" in text
     assert f"{100 * found['final_accuracy']:.1f} %" in text
     assert (out / "tradeoff.png").exists() and (out / "exits.png").exists()
+
+
+def test_the_recording_is_saved(saved, labelled, tmp_path, capsys):
+    file = tmp_path / "recording.safetensors"
+    command = ["eval", saved, "--data", str(labelled), "--out", str(tmp_path), "--no-timing"]
+    assert main([*command, "--save-recording", str(file)]) == 0
+    found = Recording.load(file)
+    assert f"{len(found)} images are recorded in {file}" in capsys.readouterr().out
+    assert len(found) == 4 * len(CLASSES) > report(tmp_path)["images"]  # both halves
+    assert found.labels.unique().tolist() == list(range(len(CLASSES)))
+    model = lgvit_fast.LGViT.from_pretrained(saved)
+    assert found.layers == (*(exit.layer for exit in model.exits), model.num_blocks)
 
 
 def test_a_given_threshold_is_used(saved, labelled, tmp_path):

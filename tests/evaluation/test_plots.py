@@ -126,7 +126,8 @@ def test_the_legend_names_only_curves_that_are_seen(evaluation):
 
 
 def test_no_line_runs_through_a_number():
-    row = Row("dense", 1, 1.0, 1.0, 1.0, "dense", 1.0, 1.0, (1, 1), None, None, 0.0)
+    numbers = dict.fromkeys(Row.__dataclass_fields__, 1.0)
+    row = Row(**{**numbers, "way": "dense", "like": "dense"})
     # the label of this bar stands where the dashed line is
     rows = [row, replace(row, way="engine", speedup=1.9, layer_ratio=2.0)]
     (axes,) = speedup_figure(rows).axes

@@ -1,14 +1,7 @@
-"""Measures several ways of answering the same images, each in a process of its own, in turns.
-
-Idle threads of one runtime may spin and slow another one, in the same process or not, so a process is
-stopped by the kernel whenever it is not its turn.
-"""
+"""Measures several ways of answering the same images, each in a process of its own, in turns."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,54 +11,12 @@ from torch import Tensor
 
 from lgvit_fast.clock import Spread
 from lgvit_fast.evaluation.report.rows import LeftOut, Row
-from lgvit_fast.evaluation.report.worker import Task, serve
+from lgvit_fast.evaluation.report.worker import Task, Worker
+from lgvit_fast.isolated import Failure, Isolated
 
 __all__ = ["measure_all"]
 
-
-class _Process:
-    """A way in a process that runs only while it is asked."""
-
-    def __init__(self, task: Task) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.task = task
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, task), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, request: Any = None) -> Any:
-        """Its answer to a request (None: whether it is ready).
-
-        Raises:
-            _Failure: it cannot, or has died.
-        """
-        self._signal(signal.SIGCONT)
-        try:
-            if request is not None:
-                self._connection.send(request)
-            found = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(5)
-            raise _Failure(f"its process ended with code {self._process.exitcode}") from error
-        self._signal(signal.SIGSTOP)
-        if isinstance(found, str) and found != "ready":
-            raise _Failure(found)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-    def _signal(self, number: signal.Signals) -> None:
-        if self._process.is_alive() and self._process.pid is not None:
-            os.kill(self._process.pid, number)
-
-
-class _Failure(Exception):
-    """Why a way cannot be measured."""
+_LONGEST = 3600.0  # seconds for all images, or for a round
 
 
 def measure_all(
@@ -98,29 +49,30 @@ def measure_all(
         )
     answers: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
     left_out: list[LeftOut] = []
-    processes: dict[int, _Process] = {}
+    processes: dict[int, Isolated] = {}
     times: dict[tuple[int, int], list[float]] = {}
 
-    def ask(place: int, request: Any = None) -> Any:
+    def ask(place: int, request: int | None) -> Any:
         """The answer, or None if there is none and never will be."""
         try:
+            if place not in processes:
+                processes[place] = Isolated(Worker, tasks[place], timeout=_LONGEST)
             return processes[place].ask(request)
-        except _Failure as failure:
-            left_out.append(LeftOut(tasks[place].way, str(failure)))
-            processes.pop(place).close()
+        except Failure as failure:
+            leave_out(place, str(failure))
             return None
+
+    def leave_out(place: int, reason: str) -> None:
+        left_out.append(LeftOut(tasks[place].way, reason))
+        if place in processes:
+            processes.pop(place).close()
 
     try:
         for place, task in enumerate(tasks):
             progress(f"{task.way}: answers {len(targets)} images")
-            processes[place] = _Process(task)
-            if ask(place) is None:
-                continue
-            found = ask(place, "answer")
+            found = ask(place, None)
             if found is not None and len(found[0]) != len(targets):
-                reason = f"it could read {len(found[0])} of {len(targets)} images"
-                left_out.append(LeftOut(task.way, reason))
-                processes.pop(place).close()
+                leave_out(place, f"it could read {len(found[0])} of {len(targets)} images")
             elif found is not None:
                 answers[place] = found
         for size in batch_sizes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lgvit_fast.clock import Spread
+from lgvit_fast.deploy.dense import TITLES
 from lgvit_fast.evaluation.bounds import drop_interval, rate_interval
 
 __all__ = ["ENGINES", "PRECISIONS", "LeftOut", "Row", "Way"]
@@ -14,9 +15,9 @@ __all__ = ["ENGINES", "PRECISIONS", "LeftOut", "Row", "Way"]
 # What runs a model, and what it is called on the page.
 ENGINES = {
     "eager": "PyTorch",
-    "compiled": "PyTorch, compiled",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
+    "compiled": "compiled PyTorch",
+    "engine": "lgvit_fast.Engine",
+    **TITLES,
 }
 PRECISIONS = ("float32", "int8")
 

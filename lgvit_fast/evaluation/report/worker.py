@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,9 +12,11 @@ from torch import Tensor
 
 from lgvit_fast.clock import now
 from lgvit_fast.data.batches import Source
+from lgvit_fast.deploy import Deployed
+from lgvit_fast.deploy.dense import TITLES, load_dense
 from lgvit_fast.evaluation.report.rows import Way
 
-__all__ = ["Task", "serve"]
+__all__ = ["Task", "Worker"]
 
 # Images to classes `[B]` and the blocks after which they left `[B]`, None where all run to the end.
 Answer = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -47,28 +46,19 @@ class Task:
     timed: tuple[int, ...]
 
 
-def serve(connection: Connection, task: Task) -> None:
-    """Answer requests until the other side closes.
+class Worker:
+    """Answers the requests of `measure_all`: all images, or a batch size to be timed at."""
 
-    "answer" gets `(classes [n], layers [n] or None)` of all images; a batch size gets the milliseconds
-    an image that the timed images take in such batches. Anything that goes wrong is sent as a string.
-    """
-    try:
-        answer = _make(task)
+    def __init__(self, task: Task) -> None:
+        self._task, self._answer = task, _make(task)
         timed = task.source.__getitems__([(0, position) for position in task.timed]).images
-        timed = timed.to(task.device)
-        connection.send("ready")
-        while True:
-            request = connection.recv()
-            if request == "answer":
-                connection.send(_answer_all(answer, task))
-            else:
-                connection.send(_time(answer, timed, request, torch.device(task.device)))
-    except (EOFError, BrokenPipeError):
-        return
-    except Exception as error:  # exporters, compilers and runtimes raise anything
-        text = " ".join(str(error).split())
-        connection.send(f"{type(error).__name__}: {text[:300]}")
+        self._timed = timed.to(task.device)
+
+    def __call__(self, request: int | None) -> Any:
+        """None: `(classes [n], layers [n] or None)` of all images; B: milliseconds an image."""
+        if request is None:
+            return _answer_all(self._answer, self._task)
+        return _time(self._answer, self._timed, request, torch.device(self._task.device))
 
 
 def _answer_all(answer: Answer, task: Task) -> tuple[np.ndarray, np.ndarray | None]:
@@ -103,7 +93,7 @@ def _full_batches(images: Tensor, size: int) -> Iterator[Tensor]:
 def _make(task: Task) -> Answer:
     """What answers; imports nothing that its way does not need."""
     way = task.way
-    if way.engine in ("onnxruntime", "openvino"):
+    if way.engine in TITLES:
         return _deployed(task) if way.early else _graph(task)
     from lgvit_fast.evaluation.report.rivals import load_rival
     from lgvit_fast.model import LGViT
@@ -112,18 +102,16 @@ def _make(task: Task) -> Answer:
         load_rival(way.rival, task.num_classes) if way.rival else LGViT.from_pretrained(task.model)
     )
     model = model.to(task.device).eval()
-    compiled = way.engine == "compiled"
-    if way.early:
-        from lgvit_fast.inference import Engine
-
-        engine = Engine(model, runtime="torch", compile=compiled)
+    if way.early or way.engine == "engine":
+        answer = _answering(model, way)
 
         def early(images: Tensor) -> tuple[Tensor, Tensor | None]:
-            found = engine(images)
-            return found.prediction, found.exit_layer
+            found = answer(images)
+            return found.prediction, found.exit_layer if way.early else None
 
         return early
     backbone = model.backbone if isinstance(model, LGViT) else model
+    compiled = way.engine == "compiled"
     run = torch.compile(backbone, dynamic=False) if compiled else backbone
 
     def dense(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -133,8 +121,19 @@ def _make(task: Task) -> Answer:
     return dense
 
 
+def _answering(model: Any, way: Way) -> Callable[[Tensor], Any]:
+    """What gives an `Inference` of images; an engine without exits for a full model."""
+    from lgvit_fast.inference import Engine
+
+    if way.engine == "eager":
+        return cast(Callable[[Tensor], Any], model.infer)
+    if way.engine == "compiled":
+        return Engine(model, runtime="torch", compile=True)
+    return Engine(model, runtime="torch", exits=None if way.early else ())
+
+
 def _deployed(task: Task) -> Answer:
-    deployed: Any = import_module("lgvit_fast.deploy").Deployed(task.model, task.way.engine)
+    deployed = Deployed(task.model, task.way.engine, torch.get_num_threads())
 
     def early(images: Tensor) -> tuple[Tensor, Tensor | None]:
         found = deployed(images.numpy())
@@ -144,12 +143,9 @@ def _deployed(task: Task) -> Answer:
 
 
 def _graph(task: Task) -> Answer:
-    loaders: Any = import_module("lgvit_fast.runtimes.loaders").LOADERS
-    threads = torch.get_num_threads()
-    run, _, _ = loaders[task.way.engine](threads)(Path(task.model).read_bytes())
+    run = load_dense(task.model, task.way.engine, torch.get_num_threads())
 
     def dense(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = np.asarray(run(images.numpy())[0])
-        return torch.from_numpy(logits.argmax(-1)), None
+        return torch.from_numpy(run(images.numpy()).argmax(-1)), None
 
     return dense

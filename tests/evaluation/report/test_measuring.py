@@ -2,16 +2,17 @@
 
 import os
 import signal
-import time
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+import lgvit_fast
+from lgvit_fast.clock import Spread
 from lgvit_fast.data.batches import Batch
-from lgvit_fast.evaluation.report import Way
-from lgvit_fast.evaluation.report.measuring import _Process, measure_all
-from lgvit_fast.evaluation.report.worker import Task, _full_batches
+from lgvit_fast.evaluation.report import Row, Way, make
+from lgvit_fast.evaluation.report.measuring import measure_all
+from lgvit_fast.evaluation.report.worker import Task, Worker, _full_batches
 from tests.helpers import images, tiny_model
 
 COUNT = 21
@@ -80,18 +81,38 @@ def test_rows_and_what_is_left_out(folder):
     assert "batch 8: round 2 of 2" in lines
 
 
-def test_a_process_is_stopped_when_it_is_not_its_turn(folder):
-    process = _Process(task(folder, Way("eager")))
-    try:
-        assert process.ask() == "ready"
-        stat = Path(f"/proc/{process._process.pid}/stat")
-        deadline = time.monotonic() + 20
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            assert time.monotonic() < deadline, "it still runs"
-            time.sleep(0.01)
-        assert process.ask(1) > 0
-    finally:
-        process.close()
+@pytest.mark.skipif(not find_spec("onnx") or not find_spec("onnxruntime"), reason="not installed")
+def test_an_exported_model_answers_as_the_model(tmp_path):
+    model = tiny_model(exits=2, depth=3)
+    lgvit_fast.export(model, tmp_path / "early")
+    way = Way("onnxruntime", early=True)
+    classes, layers = Worker(task(str(tmp_path / "early"), way))(None)
+    expected = model.infer(images(COUNT))
+    assert classes.tolist() == expected.prediction.tolist()
+    assert layers.tolist() == expected.exit_layer.tolist()
+
+
+@pytest.mark.parametrize("engine", ["eager", "engine"])
+@pytest.mark.parametrize("early", [False, True], ids=["full", "early"])
+def test_engines_answer_as_the_model(folder, engine, early):
+    classes, layers = Worker(task(folder, Way(engine, early=early)))(None)
+    model = tiny_model(exits=4)
+    with torch.no_grad():
+        full, found = model.backbone(images(COUNT)).argmax(-1), model.infer(images(COUNT))
+    assert classes.tolist() == (found.prediction if early else full).tolist()
+    assert (layers.tolist() if early else layers) == (found.exit_layer.tolist() if early else None)
+
+
+@pytest.mark.parametrize("shown", [20, None], ids=["some are left", "none are left"])
+def test_int8_calibrated_on_the_reported_images_is_told(monkeypatch, shown):
+    row = Row(Way("eager"), COUNT, 1, 0, 0, {1: Spread(1.0, 1.0, 1.0)})
+    monkeypatch.setattr(make, "measure_all", lambda *a, **k: ([row], []))
+    monkeypatch.setattr(make, "why_not", lambda *a: None)
+    monkeypatch.setattr(make._Exports, "of", lambda *a: "")
+    report = make.make_report(
+        tiny_model(exits=4), lambda spec: Images(), name="tiny", images=shown, batch_sizes=(1,)
+    )
+    assert any("calibrated" in note for note in report.notes) == (shown is None)
 
 
 def test_bad_numbers():

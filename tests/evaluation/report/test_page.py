@@ -99,3 +99,11 @@ def test_unreadable_files_are_listed():
     bad = [BadImage("<b>torn</b>.jpg", "truncated")]
     text = page(make(recording=Recording(kept.logits, kept.targets, kept.layers, bad)))
     assert "1 files could not be read" in text and "&lt;b&gt;torn" in text
+
+
+def test_ways_left_out_for_one_reason_share_a_line():
+    ways = [Way("openvino"), Way("openvino", early=True), Way("compiled")]
+    reasons = ["not installed", "not installed", "no compiler"]
+    text = page(make(left_out=tuple(map(LeftOut, ways, reasons))))
+    shared = "full model on OpenVINO, float32; early exit on OpenVINO, float32: not installed"
+    assert f"<li>{shared}</li><li>full model on compiled PyTorch, float32: no compiler</li>" in text

@@ -1,33 +1,34 @@
-"""Graphs for the runtimes: a dense model as one ONNX file, and quantized to int8."""
+"""A model without exits on the runtimes: one ONNX graph, in float32 or int8, to compare with."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from lgvit_fast.data.transforms import InputSpec
-from lgvit_fast.model import LGViT
+from lgvit_fast.runtimes.loaders import LOADERS
+from lgvit_fast.runtimes.segment_graph import OPSET
 
-__all__ = ["export_dense", "export_early", "quantize", "why_not"]
+__all__ = ["TITLES", "export_dense", "load_dense", "quantize", "why_not"]
 
-_OPSET = 20
+# What the runtimes are called where people read.
+TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
-def why_not(engine: str, precision: str) -> str | None:
-    """Why a runtime cannot be measured here, with what would change that; None if it can."""
-    needed = ["onnx", "onnxscript", engine] + (["onnxruntime"] if precision == "int8" else [])
+def why_not(runtime: str, precision: str) -> str | None:
+    """Why a model cannot be exported for a runtime here, with the pip command; None if it can."""
+    needed = ["onnx", "onnxscript", runtime] + (["onnxruntime"] if precision == "int8" else [])
     missing = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
-    if importlib.util.find_spec("lgvit_fast.deploy") is None:
-        return "this installation cannot export models"
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
@@ -46,7 +47,7 @@ def export_dense(model: nn.Module, spec: InputSpec, path: Path) -> None:
             (example,),
             dynamo=True,
             verbose=False,
-            opset_version=_OPSET,
+            opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )
     program.save(str(path))
@@ -63,21 +64,12 @@ def quantize(source: Path, path: Path) -> None:
         quantize_dynamic(str(prepared), str(path), per_channel=True, weight_type=QuantType.QInt8)
 
 
-def export_early(model: LGViT, folder: Path, precision: str, calibration: Tensor) -> None:
-    """Write an early-exit model for the runtimes (`lgvit_fast.export`).
-
-    Args:
-        model: in eval mode, float32, on the CPU.
-        folder: where to.
-        precision: "float32" or "int8".
-        calibration: images `[n, C, H, W]` for int8; not those that are reported on.
-
-    Raises:
-        ValueError: a model or precision that cannot be exported.
-    """
-    export: Any = import_module("lgvit_fast.deploy.exporter").export
-    options: dict[str, Any] = {} if precision == "float32" else {"calibration": calibration}
-    export(model, folder, precision=precision, **options)
+def load_dense(
+    path: str | Path, runtime: str, threads: int
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What answers images `[B, C, H, W]` with logits `[B, K]`; these are the runtime's own memory."""
+    run, _, _ = LOADERS[runtime](threads)(Path(path).read_bytes())
+    return lambda images: np.asarray(run(images)[0])
 
 
 @contextmanager
