@@ -164,13 +164,15 @@ def stage2_losses(
             matrices are compared unnormalised. For parity with its numbers only.
     """
     teacher_logits = teacher_logits.detach()
+    teacher_tokens = None if last_tokens is None else last_tokens.detach()
     local = [i for i, spec in enumerate(exits) if spec.kind == "local"]
     global_ = [i for i, spec in enumerate(exits) if spec.kind == "global"]
 
     hete = []
-    ends = local[:1] + local[-1:] + global_[:1] + global_[-1:]
-    for i in dict.fromkeys(ends if last_tokens is not None else ()):
-        teacher = pool_grid(last_tokens.detach(), patch_grid, exits[i].stride, pool)
+    for i in dict.fromkeys(local[:1] + local[-1:] + global_[:1] + global_[-1:]):
+        if teacher_tokens is None:
+            break
+        teacher = pool_grid(teacher_tokens, patch_grid, exits[i].stride, pool)
         if teacher.shape == features[i].shape:
             hete.append(channel_divergence(features[i], teacher))
 
