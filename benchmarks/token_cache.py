@@ -83,7 +83,7 @@ def update(model: lgvit_fast.LGViT) -> Callable[[Any], None]:
     targets = torch.empty(0)
 
     def step(images: Any) -> None:
-        loss, _ = stage(images, targets, 0)
+        loss, _ = stage(images.to(torch.device("cpu")), targets, 0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lgvit_fast.checkpoints.fingerprint import fingerprint
@@ -159,8 +159,9 @@ def run_distillation(
             weights=fingerprint(model.state_dict()),
         )
         model.policy, model.certificate = calibration.policy, calibration.certificate
-    model.save_pretrained(Path(config.output).parent)
-    remove_cache(config)
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        model.save_pretrained(Path(config.output).parent)
+        remove_cache(config)
     stage = result.stages["stage2"]
     return Distilled(model, stage.accuracy.exits, len(validation), calibration)
 

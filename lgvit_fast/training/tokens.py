@@ -38,11 +38,10 @@ class Tokens:
         return len(self.final)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tokens:
-        """On another device, in the type of the logits."""
-        kind = self.final.dtype
+        """On another device."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, kind, non_blocking=non_blocking)
+            return tensor.to(device, non_blocking=non_blocking)
 
         return Tokens(
             tuple(move(tokens) for tokens in self.exits),
@@ -80,10 +79,11 @@ def run_backbone(model: LGViT, images: Tensor, last: bool = True) -> Tokens:
 def ask_exits(model: LGViT, tokens: Tokens) -> ExitOutputs:
     """The answers of every exit, in training form, with their features. Differentiable."""
     adapter, size = model.adapter, tokens.image_size
-    answers = []
+    answers, dtype = [], model.compute_dtype
     for segment, kept in zip(model.segments, tokens.exits, strict=False):
         assert segment.head is not None  # only the last has none
-        answers.append(segment.head.answer(kept, adapter.patch_grid(size, segment.stop)))
+        grid = adapter.patch_grid(size, segment.stop)
+        answers.append(segment.head.answer(kept.to(dtype), grid))
     return ExitOutputs(
         exits=tuple(logits for logits, _ in answers),
         final=tokens.final,

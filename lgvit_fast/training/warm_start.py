@@ -50,7 +50,7 @@ def warm_start(model: LGViT, batches: Iterable[Tokens]) -> tuple[int, ...]:
             raise ValueError("the model's own logits hold NaN or infinities: it cannot teach exits")
         for place, head in heads.items():
             grid = model.adapter.patch_grid(tokens.image_size, model.exits[place].layer)
-            vectors, _ = head.vectors(tokens.exits[place], grid)
+            vectors, _ = head.vectors(tokens.exits[place].to(model.compute_dtype), grid)
             sums[place].add(torch.cat(vectors, dim=1), tokens.final)
     for place, head in heads.items():
         weight, bias = sums[place].solve()

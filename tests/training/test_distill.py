@@ -311,6 +311,12 @@ def test_an_interrupted_run_goes_on_exactly(cache, folder, tmp_path, monkeypatch
     assert not built
 
 
+@pytest.mark.parametrize("cache", [None, 10**8], ids=["images", "cache"])
+def test_in_bfloat16(cache, folder, tmp_path):
+    done = run(config(folder, tmp_path, epochs=1, cache=cache, precision="bf16"))
+    assert not done.model.untrained_exits
+
+
 def test_a_resumed_run_wants_the_same_backbone(folder, tmp_path):
     stopped = config(folder, tmp_path / "out", epochs=1)
     run(stopped)
