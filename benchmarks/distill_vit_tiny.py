@@ -104,10 +104,42 @@ def main() -> None:
         "validations": [json.loads(row) for row in rows if '"validation"' in row],
     }
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in report.items() if k != "machine"}, indent=1))
+    print(tables(report))
 
 
 FACTS = ("model", "exits", "heads", "batch_size", "val_fraction", "seed", "warm_start", "stage2")
+
+
+def tables(report: dict[str, Any]) -> str:
+    """The figures as the two tables of docs/distill.md."""
+
+    def row(name: str, cells: list[Any]) -> str:
+        return f"| {name} | " + " | ".join(str(cell) for cell in cells) + " |"
+
+    def percents(shares: list[float]) -> list[str]:
+        return [f"{share:.1f}" for share in shares]
+
+    checks = report["validations"]
+    start, best = checks[0], max(checks, key=lambda check: sum(check["exit_agreement"]))
+    lines = [
+        row("after block", [*report["layers"][:-1], "final"]),
+        row("---", ["---:"] * len(report["layers"])),
+    ]
+    for name, found in (("held out, at the start", start), ("held out, best epoch", best)):
+        cells = percents([100 * share for share in found["exit_agreement"]])
+        lines.append(row(f"agreement, {name}", [*cells, "100"]))
+    for name in ("agreement", "accuracy"):
+        lines.append(row(f"{name}, photos", percents(report[f"photo {name}"])))
+    lines += ["", row("agreement asked", ["agreement", "mean layers", "accuracy", "points lost"])]
+    lines.append(row("---:", ["---:"] * 4))
+    for found in report["certified"]:
+        if "error" in found or not found["certified"] or found["certified"] == 100:
+            cells = ["not shown", 12, "", ""]
+        else:
+            names = ("agreement", "mean layers", "accuracy", "drop")
+            cells = [f"{found[name]:.2f}" for name in names]
+        lines.append(row(f"{found['min_agreement']:g} %", cells))
+    return "\n".join(lines)
 
 
 def batches(photos: str, model: lgvit_fast.LGViT) -> Any:
