@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Policy,
         Replay,
     )
+    from lgvit_fast.training.distill import distill
 
 __all__ = [
     "Calibration",
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "create_model",
+    "distill",
     "export",
     "load_published",
     "ops",
@@ -81,6 +83,7 @@ _HOME = {
         "Policy",
         "Replay",
     ),
+    "training.distill": ("distill",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -41,6 +41,7 @@ SHORTER = {
         *("--stage2.warmup-epochs", "0", "--workers", "0", "--batch-size", "4"),
         *("--exits", "2", "--model-kwargs", "depth=4"),
     ],
+    "distill": ["--epochs", "1", "--batch-size", "16", "--workers", "0"],
     "eval": ["--timing-images", "2", "--timing-rounds", "1", "--timing-batch", "2"],
 }
 
@@ -188,6 +189,8 @@ def furnish(folder: Path) -> None:
             _image(folder / place / name / f"{number}.jpg", number)
         _image(folder / "images" / f"{number}.jpg", number)
         _image(folder / f"{name}.jpg", number)
+    for number in range(60):
+        _image(folder / "pictures" / f"{number}.jpg", number)
     for name in ("train", "test"):
         (folder / "cifar10").mkdir(exist_ok=True)
         with tarfile.open(folder / "cifar10" / f"{name}.tar", "w") as tar:

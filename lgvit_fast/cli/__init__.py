@@ -21,6 +21,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "train a small early-exit model on real digits and see what it gains (minutes)",
     "train": "train a model with early exits, in one or both stages",
+    "distill": "give a trained classifier early exits, from pictures without labels",
     "eval": "accuracy, exits and speed of a trained model, and the threshold to use",
     "calibrate": "choose the exits' threshold with a guarantee on the accuracy lost",
     "report": "early exit or not: one page with accuracy and speed beside the alternatives",
@@ -42,6 +43,9 @@ your own images, in one folder per class:
   lgvit-fast train --data photos/ --model vit_small_patch16_224 --pretrained --output run
   lgvit-fast eval run/stage2/best --data photos/validation
   lgvit-fast predict run/stage2/best new-photos/
+
+a classifier that is trained already, and pictures without labels:
+  lgvit-fast distill vit_small_patch16_224 --data photos/ --output early
 
 `lgvit-fast COMMAND --help` explains a command.
 """

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         result = train(config)
     except (ValueError, OSError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(_as_options(str(error))) from error
+        raise kind(as_options(str(error))) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "the same command with --resume goes on from the last checkpoint"
@@ -140,15 +140,15 @@ def _config(args: argparse.Namespace) -> TrainConfig:
     try:
         return TrainConfig.from_dict(values)
     except ValueError as error:
-        raise UsageError(_as_options(str(error))) from error
+        raise UsageError(as_options(str(error))) from error
 
 
-def _as_options(message: str) -> str:
+def as_options(message: str, of: type[TrainConfig] = TrainConfig) -> str:
     """A message with the names of config fields written as the options that they are here.
 
     Fields of one word are common words, too: of these only `name=True` and a leading `name is` change.
     """
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(of):
         option = "--" + field.name.replace("_", "-")
         message = re.sub(rf"\b{field.name}=True\b", option, message)
         found = rf"\b{field.name}\b" if "_" in field.name else rf"^{field.name}(?= is )"
@@ -170,7 +170,7 @@ def _add(group: Any, of: type[TrainConfig | StageConfig], field: Any, prefix: st
     elif field.name == "model_kwargs":
         options.update(nargs="+", type=pair, metavar="KEY=VALUE")
     elif field.name == "exits":
-        options.update(type=_exits, metavar="N[,N...]")
+        options.update(type=exits_argument, metavar="N[,N...]")
     elif typing.get_origin(kind) is tuple:
         options.update(nargs=2, type=float, metavar=("LOW", "HIGH"))
     elif list[str] in allowed:
@@ -206,7 +206,7 @@ def _help(of: type, field: Any) -> str:
     return text.replace("%", "%%")
 
 
-def _exits(text: str) -> int | list[int]:
+def exits_argument(text: str) -> int | list[int]:
     """How many exits, or their blocks."""
     try:
         numbers = [int(part) for part in text.split(",")]

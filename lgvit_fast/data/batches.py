@@ -29,7 +29,7 @@ class BadImage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images `[b, C, H, W]` float32, classes `[b]` int64, and what could not be read."""
+    """Images `[b, C, H, W]` float32, classes `[b]` int64 (-1: no label), and what could not be read."""
 
     images: Tensor
     targets: Tensor

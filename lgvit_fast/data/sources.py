@@ -38,6 +38,9 @@ class ImageSource:
         mode: PIL mode to convert to, `RGB` or `L`.
         seed: of the transform's randomness.
         positions: which items of the dataset, in order; None: all.
+        labelled: False never looks at classes, gives -1 for each, and takes data sets of images alone,
+            PIL ones or tensors `[C, H, W]`, which are not transformed.
+        smallest: height and width in pixels that an image must have.
     """
 
     def __init__(
@@ -47,13 +50,16 @@ class ImageSource:
         mode: str = "RGB",
         seed: int = 0,
         positions: Sequence[int] | None = None,
+        labelled: bool = True,
+        smallest: tuple[int, int] = (1, 1),
     ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.mode = mode
         self.seed = seed
         self.positions = range(len(dataset)) if positions is None else positions
-        self.class_names = class_names(dataset)
+        self.labelled, self.smallest = labelled, smallest
+        self.class_names = class_names(dataset) if labelled else []
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -65,8 +71,8 @@ class ImageSource:
             with seeded(self.seed, "sample", epoch, position):
                 try:
                     image, target = self._read(index)
-                    images.append(self.transform(image))
-                    targets.append(int(target))
+                    images.append(image if isinstance(image, Tensor) else self.transform(image))
+                    targets.append(int(target) if self.labelled else -1)
                 except Exception as error:  # decoders raise anything
                     bad.append(BadImage(self.name(index), f"{type(error).__name__}: {error}"))
         stacked = torch.stack(images) if images else torch.empty(0)
@@ -79,7 +85,17 @@ class ImageSource:
         samples = getattr(self.dataset, "samples", None)
         return str(samples[index][0]) if samples else f"item {index}"
 
-    def _read(self, index: int) -> tuple[Image.Image, Any]:
+    def _read(self, index: int) -> tuple[Image.Image | Tensor, Any]:
+        image, target = self._open(index)
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        if height < self.smallest[0] or width < self.smallest[1]:
+            raise ValueError(
+                f"{height} x {width} pixels, expected at least {self.smallest[0]} x {self.smallest[1]},"
+                " one patch of the model"
+            )
+        return image, target
+
+    def _open(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if isinstance(self.dataset, timm.data.ImageDataset):
             # timm's own __getitem__ would quietly put the next file in a bad one's place
             reader = self.dataset.reader
@@ -90,7 +106,12 @@ class ImageSource:
                 raise ValueError("not a file in the tar, expected an image file")
             with file:
                 return open_image(file, self.mode), target
-        image, target = self.dataset[index]
+        item = self.dataset[index]
+        if not self.labelled:
+            item = (item[0] if isinstance(item, tuple | list) else item, -1)
+        image, target = item
+        if isinstance(image, Tensor) and not self.labelled:
+            return image, target
         return upright(image, self.mode), target
 
 

@@ -30,7 +30,7 @@ from lgvit_fast.inference.planner import Costs, measure_costs
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Confidence, Policy
 
-__all__ = ["Calibration", "Estimate", "Expected", "Outcomes", "calibrate", "walk"]
+__all__ = ["Calibration", "Estimate", "Expected", "Outcomes", "calibrate", "require_enough", "walk"]
 
 FEWEST_IMAGES = 20
 _METHODS = {
@@ -187,7 +187,7 @@ def calibrate(
     path = scores.path(recording.layers)
     tested = candidates.scores(held_out)
     if goal in ("max_drop", "min_agreement"):
-        _require_enough(goal, limit, level, len(held_out))
+        require_enough(goal, limit, level, len(held_out))
         chosen = walk(Outcomes.of(held_out, tested), path, goal, limit, level)
         if not chosen:
             note = _what_it_would_take(Outcomes.of(selection, scores), path, goal, limit, level)
@@ -336,7 +336,8 @@ def _fewest_images(goal: str, limit: float, level: float) -> int:
     return images
 
 
-def _require_enough(goal: str, limit: float, level: float, images: int) -> None:
+def require_enough(goal: str, limit: float, level: float, images: int) -> None:
+    """Raise ValueError if so many held-out images could not show the goal of any policy."""
     if _p_value_without_faults(goal, limit, level, images) > level:
         needed = 2 * _fewest_images(goal, limit, level)
         raise ValueError(

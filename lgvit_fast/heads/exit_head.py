@@ -93,17 +93,44 @@ class ExitHead(nn.Module):
         """Whether the classifiers were ever trained: biases start at zero and do not stay there."""
         return any(bool(linear.bias.any()) for linear in self._linears)
 
+    def start_plain(self) -> None:
+        """Make the head transform as little as its form allows, for classifiers fitted to that.
+
+        Its feature becomes the patches (LPH, a transformer block), their averages (heads that attend
+        without a residual), or zero (a convolution, a perceptron), by constants in the last layers.
+        """
+        self.perception.start_plain()
+
     def forward(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Training form: tokens `[B, P + N, C]` to logits `[B, K]` and the feature `[B, n, C]`."""
+        return self.answer(self.reduce(tokens, patch_grid), patch_grid)
+
+    def reduce(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """All that the exit reads of tokens `[B, P + N, C]`: fewer patches under a global head."""
+        if not isinstance(self.perception, GlobalAggregationHead):
+            return tokens
+        prefix, patches = tokens.tensor_split((self.num_prefix_tokens,), dim=1)
+        return torch.cat((prefix, self.perception.reduce(patches, patch_grid)), dim=1)
+
+    def answer(self, tokens: Tensor, patch_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The rest of `forward`: reduced tokens to logits `[B, K]` and the feature `[B, n, C]`."""
+        vectors, feature = self.vectors(tokens, patch_grid)
+        logits = [classify(v) for classify, v in zip(self.classifiers, vectors, strict=True)]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0], feature
+
+    def vectors(
+        self, tokens: Tensor, patch_grid: tuple[int, int]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What each classifier reads, `[B, C]`, and the feature `[B, n, C]`, of reduced tokens."""
         prefix = self.num_prefix_tokens
         if self.whole:
             tokens = self.perception(tokens, patch_grid)
             feature = tokens[:, prefix:]
+        elif isinstance(self.perception, GlobalAggregationHead):
+            feature = self.perception.attend(tokens[:, prefix:])
         else:
             feature = self.perception(tokens[:, prefix:], patch_grid)
-        vectors = self.readout(feature, tokens[:, : self.num_class_tokens])
-        logits = [classify(v) for classify, v in zip(self.classifiers, vectors, strict=True)]
-        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0], feature
+        return self.readout(feature, tokens[:, : self.num_class_tokens]), feature
 
     def step(
         self, tokens: Tensor, patch_grid: tuple[int, int], rule: ExitRule, state: Tensor

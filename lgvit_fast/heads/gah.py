@@ -44,9 +44,23 @@ class GlobalAggregationHead(nn.Module):
 
     def forward(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
         """Training form: patch tokens `[B, N, C]` to the feature y `[B, n, C]`, n pooled tokens."""
-        s = pool_grid(patches, patch_grid, self.stride, self.pool_type)
-        feature: Tensor = self.proj(attention(self.qkv(s), self.num_heads))
+        return self.attend(self.reduce(patches, patch_grid))
+
+    def reduce(self, patches: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """All that the head reads of patch tokens `[B, N, C]`: the pooled ones `[B, n, C]`."""
+        return pool_grid(patches, patch_grid, self.stride, self.pool_type)
+
+    def attend(self, pooled: Tensor) -> Tensor:
+        """The rest of `forward`: pooled tokens `[B, n, C]` to the feature y `[B, n, C]`."""
+        feature: Tensor = self.proj(attention(self.qkv(pooled), self.num_heads))
         return feature
+
+    def start_plain(self) -> None:
+        """Make the feature the pooled tokens, averaged by the attention (`ExitHead.start_plain`)."""
+        with torch.no_grad():
+            nn.init.eye_(self.qkv.weight[2 * self.proj.in_features :])
+        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
 
     def fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the exact inference form.

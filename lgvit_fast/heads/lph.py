@@ -64,6 +64,11 @@ class LocalPerceptionHead(nn.Module):
             hidden = batchnorm_tokens(self.depthwise_norm, hidden)
         return batchnorm_tokens(self.norm2, self.pointwise2(hidden)) + patches
 
+    def start_plain(self) -> None:
+        """Make the feature the patches themselves (`ExitHead.start_plain`)."""
+        nn.init.zeros_(self.norm2.weight)
+        nn.init.zeros_(self.norm2.bias)
+
     def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
         """Weights of the exact inference form.
 

@@ -27,6 +27,9 @@ class LinearHead(nn.Module):
         """Tokens `[B, P + N, C]`, unchanged."""
         return tokens
 
+    def start_plain(self) -> None:
+        """Nothing to do: there is no transformation."""
+
 
 class BlockHead(nn.Module):
     """A transformer block on all tokens (ViT-EE).
@@ -48,6 +51,11 @@ class BlockHead(nn.Module):
         out: Tensor = self.block(tokens)
         return out
 
+    def start_plain(self) -> None:
+        """Make the tokens pass unchanged (`ExitHead.start_plain`)."""
+        for last in ("attn.proj", "mlp.fc2"):
+            _zero(self.block.get_submodule(last))
+
 
 class ConvHead(nn.Module):
     """A plain 3x3 convolution on the patch grid: `y = BN(gelu(conv3x3 x))`."""
@@ -64,6 +72,10 @@ class ConvHead(nn.Module):
         grid = patches.unflatten(1, patch_grid).permute(0, 3, 1, 2)
         hidden = F.gelu(self.conv(grid)).permute(0, 2, 3, 1).flatten(1, 2)
         return batchnorm_tokens(self.norm, hidden)
+
+    def start_plain(self) -> None:
+        """Make the feature zero (`ExitHead.start_plain`)."""
+        _zero(self.norm)
 
 
 class AttentionHead(nn.Module):
@@ -84,6 +96,14 @@ class AttentionHead(nn.Module):
         feature: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
         return feature
 
+    def start_plain(self) -> None:
+        """Make the feature the patches, averaged by the attention (`ExitHead.start_plain`)."""
+        with torch.no_grad():
+            nn.init.eye_(self.qkv.weight[2 * self.proj.in_features :])
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
 
 class MLPHead(nn.Module):
     """A perceptron on every patch: `y = W2 gelu(W1 x)`. Its pooled form is the light head's kernel."""
@@ -99,6 +119,10 @@ class MLPHead(nn.Module):
         """Patches `[B, N, C]` to the feature `[B, N, C]`."""
         feature: Tensor = self.fc2(F.gelu(self.fc1(patches)))
         return feature
+
+    def start_plain(self) -> None:
+        """Make the feature zero (`ExitHead.start_plain`)."""
+        _zero(self.fc2)
 
     def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
         """Weights of `pool`, matrix `[C, 2C]` and offset `[C]` from pooled to the mean feature."""
@@ -117,3 +141,8 @@ class MLPHead(nn.Module):
     ) -> Tensor:
         """The inference form: tokens `[B, P + N, C]` to pooled vectors `[B, 2, C]`."""
         return lph_pool(tokens, patch_grid, num_prefix_tokens, weights)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

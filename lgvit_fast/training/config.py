@@ -7,7 +7,7 @@ import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from lgvit_fast.backbones.timm_arguments import check_arguments
 from lgvit_fast.checkpoints.files import load_json, save_json
@@ -233,6 +233,8 @@ class TrainConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
 
+    labelled: ClassVar[bool] = True  # whether the classes of the images are looked at
+
     def __post_init__(self) -> None:
         if isinstance(self.heads, list) and len(self.heads) == 1:
             self.heads = self.heads[0]
@@ -318,6 +320,56 @@ class TrainConfig:
             theirs = {k: v for k, v in config.model_kwargs.items() if k not in ours}
             check_arguments(theirs, f"model_kwargs of {path}")
         return config
+
+
+def distillation_stage(**fields: Any) -> Stage2Config:
+    """Stage 2 as `distill` runs it: faster, and without the feature terms, which cost much."""
+    return Stage2Config(**{"epochs": 5, "lr": 1e-3, "beta": 0.0, "gamma": 0.0, **fields})
+
+
+@dataclass(kw_only=True)
+class DistillConfig(TrainConfig):
+    """A run without labels: stage 2 alone, of a trained classifier (`lgvit_fast.distill`).
+
+    The fields of `TrainConfig` mean what they mean there; `alpha`, the share of the cross-entropy that
+    there is not, means nothing.
+
+    Attributes:
+        warm_start: begin with exits that a least-squares fit to the model's own logits gave, where they
+            were never trained; False: with random ones.
+        warm_start_images: how many images the fit takes.
+        cache: most bytes on disk for the backbone's tokens, which are then computed once for every
+            image, of a fixed crop and (with `augment` and `hflip`) its mirror image; None: anew in each
+            epoch, of random crops.
+        cache_folder: keep the cache there, for other runs with the same exits; None: in `output`, while
+            the run lasts.
+    """
+
+    output: str = "runs/distill"
+    stage: Stage = "2"
+    stage2: Stage2Config = field(default_factory=lambda: distillation_stage())
+    warm_start: bool = True
+    warm_start_images: int = 2048
+    cache: int | None = None
+    cache_folder: str | None = None
+    min_agreement: float | None = None
+
+    labelled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.stage == "2", "stage", self.stage, "'2', the only one without labels")
+        for name in ("recipe", "stage1_from", "pretrained", "new_classes", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(not value, name, value, "nothing: it has no part in distillation")
+        _require(not self.stage2.published, "stage2.published", True, "False: it needs labels")
+        images = self.warm_start_images
+        _require(images >= 1, "warm_start_images", images, "at least 1")
+        _require(
+            self.cache is None or self.cache > 0, "cache", self.cache, "bytes above 0, or None"
+        )
+        if self.cache_folder is not None and self.cache is None:
+            raise ValueError("cache_folder is given, but not cache, how large it may become")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -14,7 +14,7 @@ from lgvit_fast.data.digits import Digits
 from lgvit_fast.data.seeds import generator
 from lgvit_fast.data.sources import ImageSource, class_names, open_dataset
 from lgvit_fast.data.transforms import InputSpec, eval_transform
-from lgvit_fast.training.config import TrainConfig
+from lgvit_fast.training.config import DistillConfig, TrainConfig
 
 __all__ = ["Data", "train_transform", "validation_folder"]
 
@@ -44,20 +44,29 @@ class Data:
             ValueError: if a place holds no images, or the two parts name different classes.
         """
         if config.data == "digits" and not config.dataset:
-            return cls(config, None, None, [str(digit) for digit in range(10)])
+            names = [str(digit) for digit in range(10)] if config.labelled else []
+            return cls(config, None, None, names)
         train = open_dataset(config.data, config.dataset, config.train_split, config.download)
         validation = _open_validation(config)
+        if not config.labelled:
+            return cls(config, train, validation, [])
         names, val_names = class_names(train), class_names(validation)
         if names and val_names and names != val_names:
             odd = ", ".join(sorted(set(names) ^ set(val_names))[:5])
             raise ValueError(f"training and validation images differ in their classes: {odd}")
         return cls(config, train, validation, names)
 
-    def sources(self, spec: InputSpec) -> tuple[Source, Source]:
-        """Training and validation images as a model with this input wants them."""
-        config = self.config
+    def sources(self, spec: InputSpec, smallest: tuple[int, int] = (1, 1)) -> tuple[Source, Source]:
+        """Training and validation images as a model with this input wants them.
+
+        Args:
+            spec: the model's input.
+            smallest: height and width in pixels below which an image counts as unreadable.
+        """
+        config, fixed = self.config, has_fixed_crops(self.config)
         if self.train is None:
-            train_digits = Digits("train", spec, augment=config.augment, seed=config.seed)
+            augment = config.augment and not fixed
+            train_digits = Digits("train", spec, augment=augment, seed=config.seed)
             return train_digits, Digits("validation", spec)
         mode = "L" if spec.channels == 1 else "RGB"
         positions = val_positions = None
@@ -67,10 +76,22 @@ class Data:
             held_out = max(round(config.val_fraction * len(order)), 1)
             val_positions, positions = sorted(order[:held_out]), sorted(order[held_out:])
         validation = self.train if self.validation is None else self.validation
-        return (
-            ImageSource(self.train, train_transform(config, spec), mode, config.seed, positions),
-            ImageSource(validation, eval_transform(spec), mode, config.seed, val_positions),
+        transforms = (
+            eval_transform(spec) if fixed else train_transform(config, spec),
+            eval_transform(spec),
         )
+        seed, labels = config.seed, config.labelled
+        return (
+            ImageSource(self.train, transforms[0], mode, seed, positions, labels, smallest),
+            ImageSource(validation, transforms[1], mode, seed, val_positions, labels, smallest),
+        )
+
+
+def has_fixed_crops(config: TrainConfig) -> bool:
+    """Whether every epoch sees the same crops of the training images, those of evaluation."""
+    if not isinstance(config, DistillConfig):
+        return False
+    return config.cache is not None or not config.augment
 
 
 def train_transform(config: TrainConfig, spec: InputSpec) -> Any:

@@ -76,8 +76,10 @@ class RunLog:
     def validation(self, update: int, values: dict[str, Any]) -> None:
         """Write a row of validation values."""
         self._write("validation", update, values, {})
-        exits = " ".join(f"{accuracy:.3f}" for accuracy in values["exit_accuracy"])
-        line = f"epoch {values['epoch']}: final {values['final_accuracy']:.4f}, exits {exits}"
+        agreement = values.get("exit_agreement")
+        exits = " ".join(f"{share:.3f}" for share in agreement or values["exit_accuracy"])
+        how = "agreement of" if agreement else f"final {values['final_accuracy']:.4f},"
+        line = f"epoch {values['epoch']}: {how} exits {exits}"
         if self._progress:
             tqdm.write(f"{self._name} {line}", file=sys.stderr)
         self.restart_clock()
@@ -113,6 +115,7 @@ class RunLog:
                 row = json.loads(line)
             except json.JSONDecodeError:  # cut short by a kill
                 continue
-            if isinstance(row, dict) and row.get("update", update) <= update:
+            # a run that begins anew has not done what an earlier attempt wrote
+            if update and isinstance(row, dict) and row.get("update", update) <= update:
                 kept.append(line + "\n")
         save_text(self.path, "".join(kept))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lgvit_fast import policies
 from lgvit_fast.checkpoints.files import load_strictly, remove_leftovers, shortened
+from lgvit_fast.checkpoints.fingerprint import fingerprint as fingerprint_of
 from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Loader, Source
 from lgvit_fast.data.seeds import seed_all
@@ -29,6 +30,7 @@ from lgvit_fast.training.identity import describe_model
 from lgvit_fast.training.logs import RunLog
 from lgvit_fast.training.process import Process
 from lgvit_fast.training.stages import Stage1, Stage2
+from lgvit_fast.training.token_cache import CachedTokens
 from lgvit_fast.training.validation import Accuracy, take_bad, validate
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class StageResult:
     Attributes:
         best: folder of the best model (`LGViT.from_pretrained` reads it).
         accuracy: of the best model.
-        best_epoch: when it was reached, counted from 1.
+        best_epoch: when it was reached, counted from 1; 0 is before the first update.
         updates: optimizer updates in all.
         bad_images: unreadable images left out, each as often as it came up.
     """
@@ -111,14 +113,14 @@ class _StageRun:
             self.objective = Stage1(model, config.stage1, config.label_smoothing)
         else:
             self.stage = config.stage2
-            self.objective = Stage2(model, config.stage2, config.label_smoothing)
+            self.objective = Stage2(model, config.stage2, config.label_smoothing, config.labelled)
         model.train()
         if process.distributed:
             # the alternating strategies of stage 1 leave the heads out of every other update
             self.objective = nn.parallel.DistributedDataParallel(
                 self.objective, find_unused_parameters=name == "stage1"
             )
-        pin = process.device.type == "cuda"
+        pin = process.device.type == "cuda" and not isinstance(sources[0], CachedTokens)
         batches = Batches(
             len(sources[0]),
             config.batch_size,
@@ -127,11 +129,10 @@ class _StageRun:
             rank=process.rank,
             world_size=process.world_size,
         )
-        self.loader = Loader(sources[0], batches, config.workers, pin)
+        self.loader = Loader(sources[0], batches, _workers(sources[0], config), pin)
         size = config.val_batch_size or config.batch_size
-        self.val_loader = Loader(
-            sources[1], Batches(len(sources[1]), size, training=False), config.workers, pin
-        )
+        val_batches = Batches(len(sources[1]), size, training=False)
+        self.val_loader = Loader(sources[1], val_batches, _workers(sources[1], config), pin)
         self.updates_per_epoch = -(-len(self.loader) // self.stage.accumulate)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = timm.optim.create_optimizer_v2(
@@ -191,9 +192,11 @@ class _StageRun:
                 self.config.progress,
             )
         try:
+            if not self.config.labelled and not progress.update:
+                self._validate(epoch=0)  # what the warm start is worth; it may be the best there is
             while progress.epoch < self.epochs:
                 self._epoch()
-                self._validate()
+                self._validate(progress.epoch + 1)
                 progress.epoch, progress.step = progress.epoch + 1, 0
                 self._save()
         finally:
@@ -346,23 +349,30 @@ class _StageRun:
 
     # ------------------------------------------------------------------ validation, checkpoints
 
-    def _validate(self) -> None:
+    def _validate(self, epoch: int) -> None:
         progress = self.progress
         if self.process.primary:
             bad: list[BadImage] | None = [] if self.config.skip_bad_images else None
             model = self.model if self.ema is None else self.ema.module
-            accuracy = validate(model, self.val_loader, self.process.device, self._autocast(), bad)
+            accuracy = validate(
+                model,
+                self.val_loader,
+                self.process.device,
+                self._autocast(),
+                bad,
+                self.config.labelled,
+            )
             # stage 2 changes the exits only
             score = accuracy.final if self.name == "stage1" else sum(accuracy.exits)
             assert self.log is not None
-            row = {
-                "epoch": progress.epoch + 1,
-                "final_accuracy": accuracy.final,
-                "exit_accuracy": list(accuracy.exits),
-            }
+            row: dict[str, Any] = {"epoch": epoch}
+            if self.config.labelled:
+                row |= {"final_accuracy": accuracy.final, "exit_accuracy": list(accuracy.exits)}
+            else:
+                row["exit_agreement"] = list(accuracy.exits)
             self.log.validation(progress.update, row)
             if score > progress.best:
-                progress.best, progress.best_epoch = score, progress.epoch + 1
+                progress.best, progress.best_epoch = score, epoch
                 progress.best_accuracy = [*accuracy.exits, accuracy.final]
                 model.save_pretrained(self.folder / BEST)
         if self.process.distributed:
@@ -375,7 +385,14 @@ class _StageRun:
         config = self.config.to_dict()
         if self.images is None:
             self.images = fingerprint(self.loader.source, self.config.check_contents)
+        # without labels the backbone is the task: its weights, not only their shapes, must be the same
+        task = (
+            {}
+            if self.config.labelled
+            else {"backbone": fingerprint_of(self.model.backbone.state_dict())}
+        )
         return {
+            **task,
             "stage": self.name,
             "model": describe_model(self.model),
             "config": {key: value for key, value in config.items() if key not in _FREE},
@@ -431,3 +448,8 @@ class _StageRun:
             if self.scaler is not None:
                 self.scaler.load_state_dict(state["scaler"])
             self.progress = _Progress(**state["progress"])
+
+
+def _workers(source: Source, config: TrainConfig) -> int:
+    """Loader processes; tokens are copied faster than they could be handed from one to another."""
+    return 0 if isinstance(source, CachedTokens) else config.workers

@@ -92,7 +92,7 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> 
 class Stage2Losses:
     """The terms of stage 2, each kept apart: E scalars in `ce` and `kd`, one per pair elsewhere.
 
-    A role that the layout lacks (no LPH, a single GAH, ...) leaves its term empty.
+    A role that the layout lacks (no LPH, a single GAH, ...) leaves its term empty, and no labels `ce`.
     """
 
     ce: tuple[Tensor, ...]
@@ -103,12 +103,22 @@ class Stage2Losses:
 
     def total(self, alpha: float = 0.3, beta: float = 0.01, gamma: float = 0.01) -> Tensor:
         """`(1 - alpha) sum CE + alpha sum KD + beta hete + gamma (homo_local + homo_global)`."""
+        classes = (1 - alpha) * self._sum(self.ce) + alpha * self._sum(self.kd)
+        return classes + self._features(beta, gamma)
 
-        def total(terms: tuple[Tensor, ...]) -> Tensor:
-            return torch.stack(terms).sum() if terms else self.ce[0].new_zeros(())
+    def unlabelled(self, num_classes: int, beta: float = 0.01, gamma: float = 0.01) -> Tensor:
+        """`K sum KD + beta hete + gamma (homo_local + homo_global)`: no cross-entropy.
 
-        features = beta * total(self.hete) + gamma * total(self.homo_local + self.homo_global)
-        return (1 - alpha) * total(self.ce) + alpha * total(self.kd) + features
+        K takes back the division of KD by the number of classes, which suits a term beside the
+        cross-entropy: alone, with many classes, it would vanish beside the features.
+        """
+        return num_classes * self._sum(self.kd) + self._features(beta, gamma)
+
+    def _features(self, beta: float, gamma: float) -> Tensor:
+        return beta * self._sum(self.hete) + gamma * self._sum(self.homo_local + self.homo_global)
+
+    def _sum(self, terms: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack(terms).sum() if terms else self.kd[0].new_zeros(())
 
     def distillation(self, layers: Sequence[int], alpha: float = 0.3) -> Tensor:
         """`(1 - alpha) sum l_e CE_e / sum l_e + alpha mean KD`: for heads of any kind."""
@@ -119,10 +129,10 @@ class Stage2Losses:
 def stage2_losses(
     exit_logits: Sequence[Tensor],
     features: Sequence[Tensor],
-    last_tokens: Tensor,
+    last_tokens: Tensor | None,
     patch_grid: tuple[int, int],
     teacher_logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     exits: Sequence[ExitSpec],
     *,
     temperature: float = 2.0,
@@ -141,10 +151,11 @@ def stage2_losses(
     Args:
         exit_logits: E tensors `[B, K]`.
         features: E tensors `[B, n_e, C]`, the heads' outputs before pooling.
-        last_tokens: `[B, N, C]`, the last block's patch tokens before the final norm.
+        last_tokens: `[B, N, C]`, the last block's patch tokens before the final norm; None leaves out
+            the heterogeneous pairs.
         patch_grid: (H, W) of `last_tokens`, H W = N.
         teacher_logits: `[B, K]`, what the exits are to imitate.
-        targets: `[B]` classes or `[B, K]` probabilities.
+        targets: `[B]` classes or `[B, K]` probabilities; None leaves out the cross-entropy.
         exits: the E exits' layer, kind (`local` or `global`) and stride.
         temperature: T of the logit distillation.
         label_smoothing: of the cross-entropy.
@@ -152,13 +163,16 @@ def stage2_losses(
         published: reproduce the published code: gradients reach the homogeneous teachers and Gram
             matrices are compared unnormalised. For parity with its numbers only.
     """
-    teacher_logits, last_tokens = teacher_logits.detach(), last_tokens.detach()
+    teacher_logits = teacher_logits.detach()
+    teacher_tokens = None if last_tokens is None else last_tokens.detach()
     local = [i for i, spec in enumerate(exits) if spec.kind == "local"]
     global_ = [i for i, spec in enumerate(exits) if spec.kind == "global"]
 
     hete = []
     for i in dict.fromkeys(local[:1] + local[-1:] + global_[:1] + global_[-1:]):
-        teacher = pool_grid(last_tokens, patch_grid, exits[i].stride, pool)
+        if teacher_tokens is None:
+            break
+        teacher = pool_grid(teacher_tokens, patch_grid, exits[i].stride, pool)
         if teacher.shape == features[i].shape:
             hete.append(channel_divergence(features[i], teacher))
 
@@ -172,7 +186,9 @@ def stage2_losses(
         )
 
     return Stage2Losses(
-        ce=tuple(cross_entropy(logits, targets, label_smoothing) for logits in exit_logits),
+        ce=()
+        if targets is None
+        else tuple(cross_entropy(logits, targets, label_smoothing) for logits in exit_logits),
         kd=tuple(distillation(logits, teacher_logits, temperature) for logits in exit_logits),
         hete=tuple(hete),
         homo_local=to_last(local, _mean_square),

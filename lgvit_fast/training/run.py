@@ -18,8 +18,14 @@ from lgvit_fast.data.classes import Relabelled, match_classes
 from lgvit_fast.data.seeds import seed_all
 from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.model import LGViT
-from lgvit_fast.training.config import TrainConfig
+from lgvit_fast.training.config import DistillConfig, TrainConfig
 from lgvit_fast.training.datasets import Data
+from lgvit_fast.training.distillation import (
+    begin,
+    patch_size,
+    require_enough_images,
+    split_held_out,
+)
 from lgvit_fast.training.identity import load_model, load_stage1
 from lgvit_fast.training.lock import locked
 from lgvit_fast.training.loop import BEST, CHECKPOINT, StageResult, train_stage
@@ -44,7 +50,7 @@ class TrainResult:
     output: Path
 
 
-def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
+def train(config: TrainConfig, model: LGViT | None = None, data: Data | None = None) -> TrainResult:
     """Train as `config` says.
 
     Under torchrun every process trains on its part of each batch (`batch_size` is per process).
@@ -53,6 +59,7 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
         config: the whole run.
         model: train this one, rather than the one that `config` names. With `stage="2"` it is taken
             as it is, unless `config.stage1_from` names another's weights.
+        data: the images, already opened; None opens what `config` names.
 
     Returns:
         The best model and how good it is.
@@ -70,7 +77,7 @@ def train(config: TrainConfig, model: LGViT | None = None) -> TrainResult:
     names = ["stage1", "stage2"] if config.stage == "both" else [f"stage{config.stage}"]
     _refuse_used(output, names, config)
     process = Process.start(config.device)
-    data = Data.open(config)
+    data = data or Data.open(config)
     with locked(output) if process.primary else nullcontext():
         if process.primary:
             _refuse_used(output, names, config)  # by a run that ended just now
@@ -93,10 +100,13 @@ def _train(
     given = model is not None or config.init is not None
     if model is None:
         model = starting_model(config, data.class_names)
-    if config.stage == "2" and (config.stage1_from or not given):
+    if config.stage == "2" and config.labelled and (config.stage1_from or not given):
         load_stage1(config.stage1_from or output / "stage1" / BEST, model)
     model.to(process.device)
     sources = _sources(config, data, model)
+    if isinstance(config, DistillConfig):
+        checkpoint = output / names[0] / CHECKPOINT
+        sources = begin(config, model, sources, process, checkpoint)
     stages = {}
     for name in names:
         stages[name] = train_stage(name, model, sources, config, process)
@@ -124,6 +134,10 @@ def _sources(config: TrainConfig, data: Data, model: LGViT) -> tuple[Source, Sou
             f"{error}; give it new classifiers to train it on them (model.reset_classifier(n), or"
             " new_classes=True beside init)"
         ) from error
+    if isinstance(config, DistillConfig):
+        train, held_out = data.sources(InputSpec.of(model.backbone), patch_size(model))
+        require_enough_images(train, held_out)
+        return train, split_held_out(config, held_out)[0]
     train, validation = data.sources(InputSpec.of(model.backbone))
     if places is None or model.class_names is None:
         return train, validation

@@ -20,6 +20,7 @@ from lgvit_fast.training.losses import (
     stage1_loss,
     stage2_losses,
 )
+from lgvit_fast.training.tokens import Tokens, all_exits
 
 Terms = dict[str, Tensor]
 
@@ -57,21 +58,39 @@ class Stage1(nn.Module):
 
 
 class Stage2(nn.Module):
-    """Stage 2: the heads alone, taught by the backbone, frozen here (`losses.stage2_losses`)."""
+    """Stage 2: the heads alone, taught by the backbone, frozen here (`losses.stage2_losses`).
+
+    Args:
+        model: whose heads are taught.
+        config: the weights of the terms.
+        label_smoothing: of the cross-entropy.
+        labelled: whether there are targets; without them there is no cross-entropy.
+    """
 
     name = "stage2"
 
-    def __init__(self, model: LGViT, config: Stage2Config, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: LGViT,
+        config: Stage2Config,
+        label_smoothing: float = 0.0,
+        labelled: bool = True,
+    ) -> None:
         super().__init__()
         model.freeze_backbone()
         self.model, self.config, self.label_smoothing = model, config, label_smoothing
+        self.labelled = labelled
         if config.published and len(model.adapter.depths) > 1:
             raise ValueError("published=True: the published code has no stage 2 of LGViT for Swin")
 
-    def forward(self, images: Tensor, targets: Tensor, update: int) -> tuple[Tensor, Terms]:
+    def forward(
+        self, images: Tensor | Tokens, targets: Tensor, update: int
+    ) -> tuple[Tensor, Terms]:
         """Loss of images `[B, C, H, W]`, and its parts (each summed over exits or pairs)."""
-        losses = self.losses(images, targets)
-        if self.config.strategy == "distillation":
+        losses = self.losses(images, targets if self.labelled else None)
+        if not self.labelled:
+            loss = losses.unlabelled(self.model.num_classes, self.config.beta, self.config.gamma)
+        elif self.config.strategy == "distillation":
             layers = [spec.layer for spec in self.model.exits]
             loss = losses.distillation(layers, self.config.alpha)
         else:
@@ -81,10 +100,10 @@ class Stage2(nn.Module):
             for name, terms in vars(losses).items()
         }
 
-    def losses(self, images: Tensor, targets: Tensor) -> Stage2Losses:
+    def losses(self, images: Tensor | Tokens, targets: Tensor | None) -> Stage2Losses:
         """Every term of the loss, not yet weighted."""
         outputs, teacher = self.outputs(images)
-        assert outputs.features is not None and outputs.last_tokens is not None  # asked for
+        assert outputs.features is not None  # asked for
         return stage2_losses(
             outputs.exits,
             outputs.features,
@@ -99,10 +118,10 @@ class Stage2(nn.Module):
             published=self.config.published,
         )
 
-    def outputs(self, images: Tensor) -> tuple[ExitOutputs, Tensor]:
+    def outputs(self, images: Tensor | Tokens) -> tuple[ExitOutputs, Tensor]:
         """All exits' outputs and the teacher's logits `[B, K]`."""
-        if not self.config.published:
-            outputs = self.model.forward_exits(images, features=True)
+        if isinstance(images, Tokens) or not self.config.published:
+            outputs = all_exits(self.model, images, features=True)
             return outputs, outputs.final
         # The published teacher is the classifier on the raw last tokens, without the final norm.
         backbone: Any = self.model.backbone

@@ -1,4 +1,4 @@
-"""Accuracy of every classifier on the validation images, no image leaving early."""
+"""Accuracy of every classifier on the validation images, or agreement; no image leaving early."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Loader
 from lgvit_fast.model import LGViT
 from lgvit_fast.text import printable
+from lgvit_fast.training.tokens import all_exits
 
 __all__ = ["Accuracy", "take_bad", "validate"]
 
@@ -20,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 accuracy on the validation images, 0 to 1: of each exit, and of the final classifier."""
+    """Top-1 accuracy on the validation images, 0 to 1: of each exit, and of the final classifier.
+
+    Without labels it is agreement: how often an exit's answer is the final classifier's.
+    """
 
     exits: tuple[float, ...]
     final: float
@@ -33,8 +37,11 @@ def validate(
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
     bad: list[BadImage] | None = None,
+    labelled: bool = True,
 ) -> Accuracy:
     """Accuracy of every classifier, no image leaving early. Unreadable images are added to `bad`.
+
+    With `labelled=False` the final classifier's answers stand in for the targets.
 
     Raises:
         BadImageError: at an unreadable image, if `bad` is None; or if none of the images can be read.
@@ -49,9 +56,9 @@ def validate(
             continue
         targets = batch.targets.to(device, non_blocking=True)
         with autocast or nullcontext():
-            outputs = model.forward_exits(batch.images.to(device, non_blocking=True))
+            outputs = all_exits(model, batch.images.to(device, non_blocking=True))
         answers = torch.stack([logits.argmax(-1) for logits in (*outputs.exits, outputs.final)])
-        right += (answers == targets).sum(dim=1)
+        right += (answers == (targets if labelled else answers[-1])).sum(dim=1)
         count += len(targets)
     model.train(was_training)
     if bad and not count:
