@@ -21,6 +21,7 @@ from lgvit_fast.cli.options import (
     load_model,
     policy_from,
 )
+from lgvit_fast.runtimes.loaders import RUNTIMES
 from lgvit_fast.text import printable
 
 if TYPE_CHECKING:
@@ -100,6 +101,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     timing.add_argument(
         "--timing-rounds", type=count, default=9, metavar="N", help="of each side (default: 9)"
     )
+    timing.add_argument(
+        "--runtime",
+        default="torch",
+        choices=("torch", *RUNTIMES, "auto"),
+        help="of the full model and early exit; auto takes the fastest installed (default: torch)",
+    )
+    timing.add_argument(
+        "--plan", action="store_true", help="ask only the exits that pay at each batch size"
+    )
     timing.add_argument("--no-timing", action="store_true", help="accuracy and layers only")
     add_compute(parser)
 
@@ -149,6 +159,8 @@ def run(args: argparse.Namespace) -> int:
         timing_batches=() if args.no_timing else args.timing_batch,
         timing_images=args.timing_images,
         timing_rounds=args.timing_rounds,
+        runtime=args.runtime,
+        plan=args.plan,
         autocast=autocast_of(args, model),
         relabel=relabel,
         seed=args.seed,

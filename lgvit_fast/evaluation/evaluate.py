@@ -16,6 +16,7 @@ from lgvit_fast.evaluation.examples import Examples, pick_examples
 from lgvit_fast.evaluation.recording import Recording, record
 from lgvit_fast.evaluation.timing import Timing, compare
 from lgvit_fast.evaluation.tradeoff import Point, candidates, choose, sweep
+from lgvit_fast.inference.planner import plan_exits
 from lgvit_fast.machine import machine
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import Policy
@@ -80,6 +81,8 @@ def evaluate(
     timing_batches: Sequence[int] = (32,),
     timing_images: int = 256,
     timing_rounds: int = 9,
+    runtime: str = "torch",
+    plan: bool = False,
     autocast: AbstractContextManager[Any] | None = None,
     relabel: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
@@ -102,6 +105,8 @@ def evaluate(
         timing_batches: batch sizes to time at; empty: none.
         timing_images: how many images to time, drawn at random.
         timing_rounds: passes over them, per side.
+        runtime: of the engines that are timed, see `Engine`; "auto" measures what is installed.
+        plan: time the exits that `plan_exits` keeps at each batch size, by where images left.
         autocast: a re-enterable `torch.autocast`, or None.
         relabel: maps the images' class numbers to the model's.
         seed: of the halves.
@@ -151,6 +156,8 @@ def evaluate(
             batch_size=size,
             rounds=timing_rounds,
             autocast=autocast,
+            runtime=runtime,
+            exits=plan_exits(model, chosen.shares, size).exits if plan else None,
         )
         for size in timing_batches
         if len(sample.targets)

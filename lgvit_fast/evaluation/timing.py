@@ -1,10 +1,10 @@
-"""Wall clock: early exit against the same backbone run to the end, side by side in one process."""
+"""Wall clock: early exit against the full model, side by side in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,25 +20,35 @@ __all__ = ["Timing", "compare"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Early exit and the plain backbone on the same images.
+    """Early exit and the full model on the same images.
 
     Attributes:
         batch_size: images per call.
         images: images per round.
         rounds: how often each side ran over all of them.
-        dense_ms: milliseconds per image, the backbone run to the end, without any head.
-        early_ms: milliseconds per image, an `Engine` on torch (an exported model as it is).
-        ratio: dense / early of each round, so that a slow moment hits both sides.
-        layer_ratio: L / mean exit layer of these images, to hold the ratio against.
+        dense_ms: milliseconds per image, the backbone as timm has it, without any head.
+        full_ms: milliseconds per image, the backbone on an `Engine`, without any head.
+        early_ms: milliseconds per image, an `Engine` of the model.
+        ratio: dense / early of each round, so that a slow moment hits all sides.
+        full_ratio: full / early likewise: what the exits gain on equal terms.
+        layer_ratio: L / mean exit layer of these images, to hold the ratios against.
+        exits: the layers whose exits were asked.
+        full_runtime: what ran the full model: "torch", "onnxruntime" or "openvino".
+        early_runtime: what ran early exit.
     """
 
     batch_size: int
     images: int
     rounds: int
     dense_ms: Spread
+    full_ms: Spread
     early_ms: Spread
     ratio: Spread
+    full_ratio: Spread
     layer_ratio: float
+    exits: tuple[int, ...]
+    full_runtime: str
+    early_runtime: str
 
 
 @torch.inference_mode()
@@ -51,8 +61,12 @@ def compare(
     rounds: int = 9,
     warmup: int = 2,
     autocast: AbstractContextManager[Any] | None = None,
+    runtime: str = "torch",
+    exits: Sequence[int] | None = None,
 ) -> Timing:
-    """Time an engine of the model against its backbone, both warm, in alternating rounds.
+    """Time an engine of the model against its backbone, all warm, in alternating rounds.
+
+    An exported model is timed as it is; its full model is the same graphs with no image leaving.
 
     Args:
         model: in eval mode.
@@ -63,6 +77,8 @@ def compare(
         rounds: timed passes over all images, per side.
         warmup: passes before that.
         autocast: a re-enterable `torch.autocast`, or None.
+        runtime: of both engines, see `Engine`; "auto" measures what is installed.
+        exits: the layers whose exits to ask, see `Engine`.
 
     Raises:
         ValueError: no images, or no rounds.
@@ -73,28 +89,56 @@ def compare(
         )
     device = next(model.parameters()).device
     batches = images.to(device).split(batch_size)
-    # On torch, as the backbone that it is compared with.
-    torch_engine = partial(Engine, max_batch=batch_size, runtime="torch")
-    answer = torch_engine(model) if isinstance(model, LGViT) else model.infer
+    full: Callable[[Tensor], Any] = model.backbone
+    early: Callable[[Tensor, Policy | None], Any] = model.infer
+    asked = tuple(spec.layer for spec in model.exits)
     layers: list[Tensor] = []
 
-    def dense() -> None:
-        for batch in batches:
-            model.backbone(batch)
-
-    def early() -> None:
-        layers[:] = [answer(batch, policy).exit_layer for batch in batches]
-
     with autocast or nullcontext():
-        times = take_turns({"dense": dense, "early": early}, device, rounds, warmup=warmup)
-    dense_seconds, early_seconds = times["dense"][:, 0], times["early"][:, 0]
+        if isinstance(model, LGViT):
+            full = Engine(model, batch_size, runtime, exits=())
+            early = Engine(model, batch_size, runtime, exits=exits)
+            asked = early.exits
+            if runtime != "torch":
+                full.warm_up(batches[0])
+                early.warm_up(batches[0], policy)
+
+        def run_dense() -> None:
+            for batch in batches:
+                model.backbone(batch)
+
+        def run_full() -> None:
+            for batch in batches:
+                full(batch)
+
+        def run_early() -> None:
+            layers[:] = [early(batch, policy).exit_layer for batch in batches]
+
+        sides = {"dense": run_dense, "full": run_full, "early": run_early}
+        if full is model.backbone:
+            del sides["full"]
+        taken = take_turns(sides, device, rounds, warmup=warmup)
+    seconds = {side: times[:, 0] for side, times in taken.items()}
+    seconds.setdefault("full", seconds["dense"])
     per_image = 1000 / len(images)
     return Timing(
         batch_size=batch_size,
         images=len(images),
         rounds=rounds,
-        dense_ms=Spread.of(per_image * dense_seconds),
-        early_ms=Spread.of(per_image * early_seconds),
-        ratio=Spread.of(dense_seconds / early_seconds),
+        dense_ms=Spread.of(per_image * seconds["dense"]),
+        full_ms=Spread.of(per_image * seconds["full"]),
+        early_ms=Spread.of(per_image * seconds["early"]),
+        ratio=Spread.of(seconds["dense"] / seconds["early"]),
+        full_ratio=Spread.of(seconds["full"] / seconds["early"]),
         layer_ratio=model.num_blocks / float(torch.cat(layers).double().mean()),
+        exits=asked,
+        full_runtime=_runtime_of(full, model),
+        early_runtime=_runtime_of(early, model),
     )
+
+
+def _runtime_of(side: Any, model: Any) -> str:
+    """What a side ran on."""
+    if isinstance(side, Engine):
+        return side.report().runtime
+    return str(model.deployed.runtime)

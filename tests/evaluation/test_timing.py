@@ -11,13 +11,13 @@ from lgvit_fast.inference import Engine
 from tests.helpers import images, tiny_model
 
 
-def test_both_sides_see_all_images_in_alternating_rounds(monkeypatch):
+def test_all_sides_see_all_images_in_alternating_rounds(monkeypatch):
     model, calls = tiny_model(exits=2), []
     dense = model.backbone.forward
 
     class Recorded(Engine):
         def __call__(self, x, policy=None):
-            calls.append(("early", len(x)))
+            calls.append(("early" if self.exits else "full", len(x)))
             return super().__call__(x, policy)
 
     monkeypatch.setattr(
@@ -27,10 +27,31 @@ def test_both_sides_see_all_images_in_alternating_rounds(monkeypatch):
     timing = compare(model, images(5), batch_size=2, rounds=2, warmup=1)
     turns = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert all([size for _, size in turn] == [2, 2, 1] for turn in turns)
-    assert [turn[0][0] for turn in turns] == ["early", "dense", "dense", "early", "early", "dense"]
+    sides = [turn[0][0] for turn in turns]
+    rounds = [sides[i : i + 3] for i in range(0, len(sides), 3)]
+    assert len(rounds) == 3
+    assert all(sorted(turn) == ["dense", "early", "full"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1, "the order changes"
     assert (timing.batch_size, timing.images, timing.rounds) == (2, 5, 2)
-    for spread in (timing.dense_ms, timing.early_ms, timing.ratio):
+    assert (timing.exits, timing.full_runtime, timing.early_runtime) == ((2, 5), "torch", "torch")
+    spreads = (timing.dense_ms, timing.full_ms, timing.early_ms, timing.ratio, timing.full_ratio)
+    for spread in spreads:
         assert 0 < spread.low <= spread.median <= spread.high
+
+
+def test_planned_exits_on_the_fastest_runtime(monkeypatch):
+    made = []
+
+    class Recorded(Engine):
+        def __init__(self, model, max_batch, runtime, **options):
+            made.append((runtime, options["exits"]))
+            super().__init__(model, max_batch, "torch", **options)
+
+    monkeypatch.setattr(timing_module, "Engine", Recorded)
+    model = tiny_model(exits=[2, 4])
+    timing = compare(model, images(3), rounds=1, warmup=0, runtime="auto", exits=(4,))
+    assert made == [("auto", ()), ("auto", (4,))]
+    assert timing.exits == (4,)
 
 
 def test_the_layer_ratio_is_of_the_images_timed():
