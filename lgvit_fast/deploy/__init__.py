@@ -4,7 +4,8 @@
     deployed = lgvit_fast.deploy.Deployed("exported")   # anywhere
     answers = deployed.predict(["cat.jpg", "dog.png"])
 
-`exporter` is the side that needs torch; nothing else here imports it.
+`exporter`, `int8_export` and `calibration_images` are the side that needs torch; nothing else here
+imports them.
 """
 
 from lgvit_fast.deploy.deployed import Answers, Deployed

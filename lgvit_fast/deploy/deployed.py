@@ -94,12 +94,13 @@ class Deployed:
     """An exported model, answering on ONNX Runtime or OpenVINO. Needs neither torch nor timm.
 
     An image's answer does not depend on the batch it comes in, and is that of `LGViT.infer` to float32
-    rounding. Calls from several threads wait for one another.
+    rounding, unless the export is int8. Calls from several threads wait for one another.
 
     Args:
         folder: what `lgvit_fast.export` wrote. It need not be trusted: hashes are verified, fields
             validated, and no file outside it is opened.
-        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed.
+        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed; the
+            other way round for int8, in which OpenVINO alone multiplies.
         threads: None takes every processor this process may use.
 
     Attributes:
@@ -129,7 +130,7 @@ class Deployed:
         self.exits = tuple(map(DeployedExit, layers, self.manifest.heads))
         self.num_classes = self.manifest.num_classes
         self.class_names = self.manifest.class_names
-        self.runtime, load = load_runtime(runtime, threads)
+        self.runtime, load = load_runtime(runtime, threads, self.manifest.precision)
         self._policy: Policy = self.manifest.policy or Confidence()
         self._policy.check(len(self.exits))
         saved = self.manifest.certificate

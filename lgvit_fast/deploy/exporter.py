@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 from lgvit_fast import ops
 from lgvit_fast._version import __version__
 from lgvit_fast.data.transforms import InputSpec
-from lgvit_fast.deploy.manifest import PRECISIONS, Manifest, SegmentFile, is_exported
+from lgvit_fast.deploy.calibration_images import calibration_images
+from lgvit_fast.deploy.int8_export import convert
+from lgvit_fast.deploy.manifest import PRECISIONS, Manifest, SegmentFile, is_exported, write_segment
 from lgvit_fast.deploy.preprocess import Preprocessing
 from lgvit_fast.deploy.runtimes import SegmentOutput
 from lgvit_fast.heads import ExitHead
@@ -60,6 +61,8 @@ def export(
     *,
     precision: str = "float32",
     format: str = "onnx",
+    calibration: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model for ONNX Runtime or OpenVINO; `lgvit_fast.deploy.Deployed` runs it without torch.
 
@@ -69,27 +72,40 @@ def export(
     Args:
         model: in eval mode, float32, on the CPU.
         folder: where to.
-        precision: "float32".
+        precision: "float32", or "int8" for weight matrices in 8 bits (`deploy.int8`), thresholds
+            fitted to the logits that these give.
         format: "onnx".
+        calibration: images for int8, without labels, at least 100 that took no part in training: a
+            folder or tar of class folders, inputs `[n, C, H, W]`, or a loader of such inputs. What
+            every exit answers to them is compared with float32.
+        force: export int8 even where it loses more answers than 3 in 100 at full depth, or gains no
+            time on this machine.
 
     Returns:
         The folder.
 
     Raises:
-        RuntimeError: the model is in train mode, or onnx or onnxscript is not installed.
-        ValueError: bad arguments; a model of another dtype or device, packed, or with a head that has
-            no known inference form; a segment beyond the 2 GB of an ONNX file.
+        Int8Refused: int8 is not worth it here; a `ValueError` that gives the figures.
+        RuntimeError: the model is in train mode, or onnx, onnxscript or, for int8, a runtime is not
+            installed.
+        ValueError: bad arguments, no calibration images for int8; a model of another dtype or device,
+            packed, or with a head that has no known inference form; a segment beyond the 2 GB of an
+            ONNX file.
         FileExistsError: the folder holds something else than an export.
     """
     folder = Path(folder)
     _check(model, precision, format)
+    if precision == "float32" and (calibration is not None or force):
+        raise ValueError("calibration and force are for precision='int8', which was not asked for")
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if occupied and not is_exported(folder):
         raise FileExistsError(f"{folder} exists and is no exported model: name another folder")
     onnx = _onnx()
     spec = InputSpec.of(model.backbone)
+    images = calibration_images(calibration, spec) if precision == "int8" else None
     files: list[SegmentFile] = []
-    with torch.no_grad(), ops.backend("torch"), _appearing(folder) as temporary:
+    with torch.no_grad(), ops.backend("torch"), _appearing(folder) as new:
+        temporary = new if images is None else Path(tempfile.mkdtemp(dir=new.parent))
         # An example of two images: the exporter takes a batch of one for a constant.
         example = torch.zeros(2, spec.channels, *spec.size)
         heads = [_folded(cast(ExitHead, head)) for head in model.exit_heads]
@@ -97,9 +113,12 @@ def export(
             proto = _to_onnx(_Graph(segment, spec.size).eval(), example)
             onnx.checker.check_model(proto, full_check=True)
             name = f"segment_{segment.index}.onnx"
-            files.append(_write(temporary / name, proto.SerializeToString(deterministic=True)))
+            data = proto.SerializeToString(deterministic=True)
+            files.append(write_segment(temporary / name, data))
             example = segment.blocks(example, spec.size)
-        _manifest(model, spec, precision, files, onnx.__version__).save(temporary)
+        _manifest(model, spec, files, onnx.__version__).save(temporary)
+        if images is not None:
+            convert(temporary, new, images, force)
     return folder
 
 
@@ -266,17 +285,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> SegmentFile:
-    """Write a file to disk, and describe it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return SegmentFile(path.name, hashlib.sha256(data).hexdigest(), len(data))
-
-
 def _manifest(
-    model: LGViT, spec: InputSpec, precision: str, files: Sequence[SegmentFile], onnx_version: str
+    model: LGViT, spec: InputSpec, files: Sequence[SegmentFile], onnx_version: str
 ) -> Manifest:
     names = model.class_names
     return Manifest(
@@ -287,7 +297,7 @@ def _manifest(
         policy=None if to_dict(model.policy) is None else model.policy,
         certificate=None if model.certificate is None else model.certificate.to_dict(),
         preprocessing=Preprocessing(**dataclasses.asdict(spec)),
-        precision=precision,
+        precision="float32",
         opset=OPSET,
         segments=tuple(files),
         made_with={

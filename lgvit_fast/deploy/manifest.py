@@ -23,11 +23,11 @@ from lgvit_fast.deploy.onnx_file import check_onnx
 from lgvit_fast.deploy.preprocess import INTERPOLATIONS, Preprocessing
 from lgvit_fast.policies import Policy
 
-__all__ = ["MANIFEST", "PRECISIONS", "Manifest", "SegmentFile", "is_exported"]
+__all__ = ["MANIFEST", "PRECISIONS", "Manifest", "SegmentFile", "is_exported", "write_segment"]
 
 MANIFEST = "manifest.json"
 VERSION = 1
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "int8")
 _FORMAT = "lgvit_fast.deployed"
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; class names are the bulk of it
 
@@ -57,6 +57,7 @@ class Manifest:
         opset: of the ONNX graphs.
         segments: the E + 1 graphs in order.
         made_with: versions of what made it, for the reader.
+        int8: what was measured when it was made int8, as json types; None in float32.
     """
 
     layers: tuple[int, ...]
@@ -70,6 +71,7 @@ class Manifest:
     opset: int
     segments: tuple[SegmentFile, ...]
     made_with: dict[str, str]
+    int8: dict[str, Any] | None = None
 
     @property
     def num_exits(self) -> int:
@@ -141,6 +143,15 @@ class Manifest:
         return data
 
 
+def write_segment(path: Path, data: bytes) -> SegmentFile:
+    """Write a graph to disk, and describe the file."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return SegmentFile(path.name, hashlib.sha256(data).hexdigest(), len(data))
+
+
 def is_exported(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds an exported model."""
     return Path(folder, MANIFEST).is_file()
@@ -193,6 +204,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         field("opset", _is_count),
         tuple(_segment(value, path) for value in field.items("segments", _is_object, count)),
         {str(key): str(value) for key, value in field("made_with", _is_object).items()},
+        None if content.get("int8") is None else field("int8", _is_object),
     )
 
 

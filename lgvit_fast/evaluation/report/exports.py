@@ -73,7 +73,8 @@ def export_early(model: LGViT, folder: Path, precision: str, calibration: Tensor
         calibration: images `[n, C, H, W]` for int8; not those that are reported on.
 
     Raises:
-        ValueError: a model or precision that cannot be exported.
+        ValueError: a model or precision that cannot be exported, too few images, or int8 that is
+            refused, with the figures.
     """
     export: Any = import_module("lgvit_fast.deploy.exporter").export
     options: dict[str, Any] = {} if precision == "float32" else {"calibration": calibration}

@@ -80,6 +80,23 @@ def test_an_early_exit_export_answers_as_the_model(tmp_path):
     assert layers.tolist() == expected.exit_layer.tolist()
 
 
+@installed("onnx", "onnxscript", "onnxruntime", "openvino")
+def test_an_int8_early_exit_export_answers_or_says_why_not(tmp_path, monkeypatch):
+    from lgvit_fast.deploy import int8_export
+
+    model = tiny_model(exits=2, depth=3)
+    times = {"float32": {"openvino": {1: 2.0, 16: 2.0}}, "int8": {"openvino": {1: 1.0, 16: 3.0}}}
+    monkeypatch.setattr(int8_export, "measure_times", lambda *arguments: times)
+    monkeypatch.setattr(int8_export, "LEAST_AGREEMENT", 0.0)
+    exports.export_early(model, tmp_path / "early", "int8", images(100))
+    for engine in ("onnxruntime", "openvino"):
+        found, layers = answer(Way(engine, "int8", early=True), tmp_path / "early")(images(9))
+        assert found.shape == layers.shape == (9,)
+    monkeypatch.setattr(int8_export, "LEAST_AGREEMENT", 101.0)
+    with pytest.raises(ValueError, match="int8 is refused: at full depth it gives"):
+        exports.export_early(model, tmp_path / "refused", "int8", images(100))
+
+
 def test_what_is_missing_is_named(monkeypatch):
     def only(*names):
         monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: name in names or None)
