@@ -29,6 +29,7 @@ from lgvit_fast.bench.traces import TRACES, Trace
 from lgvit_fast.bench.ways import DENSE, PLANNED, LeftOut, Subject, Way, ways
 from lgvit_fast.checkpoints.files import save_json, write_atomic
 from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.deploy.calibration_images import FEWEST_IMAGES
 from lgvit_fast.deploy.dense import export_dense, quantize
 from lgvit_fast.deploy.exporter import export
 from lgvit_fast.inference import Plan, plan_exits
@@ -219,10 +220,15 @@ def speedup_figure(rows: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
+def _needs(way: Way) -> tuple[str, str]:
+    """Precision of what a way loads, and for a dense graph the runtime that it is made for."""
+    return way.precision, way.runtime if way.dense else ""
+
+
 def exported(
     model: LGViT, chosen: Sequence[Way], folder: Path
-) -> tuple[dict[str, str], dict[str, str], list[LeftOut]]:
-    """What the runtimes load: graphs of the backbone alone and exports, by precision, and failures.
+) -> tuple[dict[tuple[str, str], str], dict[str, str], list[LeftOut]]:
+    """What the runtimes load (graphs of the backbone by precision and runtime, exports), and failures.
 
     int8 is calibrated on noise: the figures are of speed.
 
@@ -232,17 +238,19 @@ def exported(
         folder: where to.
     """
     spec = InputSpec.of(model.backbone)
-    dense: dict[str, str] = {}
+    dense: dict[tuple[str, str], str] = {}
     early: dict[str, str] = {}
     failed = []
-    needed = dict.fromkeys((way.precision, way.dense) for way in chosen if way.runtime)
-    for precision, is_dense in needed:
-        path = folder / f"{'dense' if is_dense else 'exits'}-{precision}"
+    needed = dict.fromkeys(map(_needs, filter(lambda way: way.runtime, chosen)))
+    for precision, runtime in needed:
+        path = folder / (
+            "-".join(("dense", precision, runtime)) if runtime else f"exits-{precision}"
+        )
         try:
-            if not is_dense:
+            if not runtime:
                 options: dict[str, Any] = {}
                 if precision != "float32":
-                    noise = torch.randn(32, spec.channels, *spec.size)
+                    noise = torch.randn(FEWEST_IMAGES, spec.channels, *spec.size)
                     options = {"calibration": noise, "force": True}
                 early[precision] = str(export(model, path, precision=precision, **options))
                 continue
@@ -250,16 +258,16 @@ def exported(
             if precision == "int8":
                 whole = folder / "whole.onnx"
                 export_dense(model.backbone, spec, whole)
-                quantize(whole, path)
+                quantize(whole, path, runtime)
             else:
                 export_dense(model.backbone, spec, path)
-            dense[precision] = str(path)
+            dense[precision, runtime] = str(path)
         except Exception as error:  # exporters raise anything
             reason = f"{type(error).__name__}: " + " ".join(f"{error}".split())[:300]
             failed += [
                 LeftOut(way.name, reason)
                 for way in chosen
-                if way.runtime and (way.precision, way.dense) == (precision, is_dense)
+                if way.runtime and _needs(way) == (precision, runtime)
             ]
     return dense, early, failed
 

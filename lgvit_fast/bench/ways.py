@@ -74,7 +74,7 @@ class Subject:
         device: "cpu", "cuda", ...; of the ways in PyTorch.
         dtype: of the ways in PyTorch.
         exits: blocks after which "engine, planned exits" asks.
-        dense: graphs of the backbone alone, by precision.
+        dense: graphs of the backbone alone, by precision and runtime.
         exported: folders of `lgvit_fast.export`, by precision.
     """
 
@@ -82,7 +82,7 @@ class Subject:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     exits: tuple[int, ...] | None = None
-    dense: Mapping[str, str] = field(default_factory=dict)
+    dense: Mapping[tuple[str, str], str] = field(default_factory=dict)
     exported: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -145,7 +145,7 @@ def start_of(way: Way, subject: Subject, batch_size: int) -> Start:
     if way.runtime:
         threads = torch.get_num_threads()
         if way.dense:
-            run = load_dense(subject.dense[way.precision], way.runtime, threads)
+            run = load_dense(subject.dense[way.precision, way.runtime], way.runtime, threads)
             return _in_batches(lambda images, _: run(images.numpy()))
         deployed = Deployed(subject.exported[way.precision], way.runtime, threads)
         return _in_batches(lambda images, policy: deployed(images.numpy(), policy))

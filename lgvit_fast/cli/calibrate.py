@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from lgvit_fast.arguments import UsageError
 from lgvit_fast.cli.eval import add_images, open_images, show_progress
@@ -12,6 +13,8 @@ from lgvit_fast.cli.options import (
     ON_THE_HUB,
     add_compute,
     autocast_of,
+    is_exported,
+    load_exported,
     load_model,
 )
 
@@ -22,7 +25,8 @@ policy chosen breaks the goal with probability at most 100 - CONFIDENCE percent.
 part in training.
 
 --max-drop needs images with classes; --min-agreement needs only images. A budget certifies nothing of
-the accuracy. The policy and its certificate are written into the model's folder.
+the accuracy. The policy and its certificate are written into the model's folder; of an exported model
+they are those of its own scores, in the precision it was exported in.
 
 examples:
   lgvit-fast calibrate run/stage2/best --data photos/calibration --max-drop 1
@@ -37,7 +41,9 @@ _GOALS = ("max_drop", "min_agreement", "budget_layers", "budget_ms")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = _NOTES
-    parser.add_argument("model", metavar="MODEL_FOLDER", help="a saved model, or hf-hub:USER/MODEL")
+    parser.add_argument(
+        "model", metavar="MODEL_FOLDER", help="a saved or exported model, or hf-hub:USER/MODEL"
+    )
     images = add_images(parser)
     images.add_argument(
         "--unlabelled",
@@ -83,7 +89,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.model} is on the hub: give --output FOLDER, or --dry-run")
     if args.unlabelled and args.max_drop is not None:
         raise UsageError("--max-drop needs classes; --unlabelled goes with --min-agreement")
-    model = load_model(args.model, args.device)
+    exported = is_exported(args.model)
+    if exported and (args.output or args.budget_ms is not None):
+        raise UsageError(f"{args.model} is exported: --output and --budget-ms need a saved model")
+    model: Any
+    if exported:
+        from lgvit_fast.evaluation.exported import ExportedModel
+
+        model = ExportedModel(load_exported(args))
+    else:
+        model = load_model(args.model, args.device)
     source, relabel = open_images(args, model)
     loader = Loader(source, Batches(len(source), args.batch_size, training=False), args.workers)
     batches = show_progress(loader.epoch(), len(loader))
@@ -97,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         confidence=args.confidence / 100,
         kind=args.kind,
         seed=args.seed,
-        weights=fingerprint(model.state_dict()),
+        weights=model.weights if exported else fingerprint(model.state_dict()),
     )
     print(f"\n{found.policy}\n\n{found.certificate}\n")
     print(f"On the {found.certificate.images} held-out images, with 95 % intervals:")
@@ -109,7 +124,10 @@ def run(args: argparse.Namespace) -> int:
         model.save_pretrained(args.output)
         print(f"\nThe model with this policy and certificate is in {args.output}.")
     else:
-        save_json(Path(args.model) / "config.json", model.get_config())
+        if exported:
+            model.save_pretrained(args.model)
+        else:
+            save_json(Path(args.model) / "config.json", model.get_config())
         print(f"\nPolicy and certificate are in {args.model}.")
     for image in recording.bad:
         print(f"lgvit-fast calibrate: cannot read {image.name}: {image.reason}", file=sys.stderr)

@@ -4,7 +4,8 @@
     deployed = lgvit_fast.deploy.Deployed("exported")   # anywhere
     answers = deployed.predict(["cat.jpg", "dog.png"])
 
-`exporter` and `dense` are the side that needs torch; nothing else here imports it.
+`exporter`, `executorch_file`, `int8_export`, `calibration_images` and `dense` are the side that needs
+torch; nothing else here imports them.
 """
 
 from lgvit_fast.deploy.deployed import Answers, Deployed

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from torch import nn
 
 from lgvit_fast.data.transforms import InputSpec
 from lgvit_fast.runtimes.loaders import LOADERS
-from lgvit_fast.runtimes.segment_graph import OPSET
+from lgvit_fast.runtimes.segment_graph import OPSET, quiet
 
 __all__ = ["TITLES", "export_dense", "load_dense", "quantize", "why_not"]
 
@@ -27,7 +24,7 @@ TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 def why_not(runtime: str, precision: str) -> str | None:
     """Why a model cannot be exported for a runtime here, with the pip command; None if it can."""
-    needed = ["onnx", "onnxscript", runtime] + (["onnxruntime"] if precision == "int8" else [])
+    needed = ["onnx", "onnxscript", runtime]
     missing = [name for name in dict.fromkeys(needed) if importlib.util.find_spec(name) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
@@ -41,7 +38,7 @@ def export_dense(model: nn.Module, spec: InputSpec, path: Path) -> None:
         path: of the file.
     """
     example = torch.zeros(2, spec.channels, *spec.size)  # a batch of one is taken for a constant
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program: Any = torch.onnx.export(
             model,
             (example,),
@@ -53,13 +50,24 @@ def export_dense(model: nn.Module, spec: InputSpec, path: Path) -> None:
     program.save(str(path))
 
 
-def quantize(source: Path, path: Path) -> None:
-    """int8 weights and activations: ONNX Runtime's dynamic quantization, per channel."""
+def quantize(source: Path, path: Path, runtime: str) -> None:
+    """A dense graph in int8, as one would have it on a runtime.
+
+    On OpenVINO as `lgvit_fast.export` does it, with scales a row; on ONNX Runtime, which has nothing
+    like it, by its dynamic quantization, per channel: one range for the activations of a whole batch.
+    """
+    if runtime == "openvino":
+        import onnx
+
+        from lgvit_fast.deploy import int8
+
+        onnx.save(int8.quantize(onnx.load(str(source))), str(path))
+        return
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = path.with_suffix(".prepared.onnx")
-    with _quiet():
+    with quiet():
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_dynamic(str(prepared), str(path), per_channel=True, weight_type=QuantType.QInt8)
 
@@ -70,16 +78,3 @@ def load_dense(
     """What answers images `[B, C, H, W]` with logits `[B, K]`; these are the runtime's own memory."""
     run, _, _ = LOADERS[runtime](threads)(Path(path).read_bytes())
     return lambda images: np.asarray(run(images)[0])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' advice to their developers."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

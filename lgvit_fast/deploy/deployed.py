@@ -34,13 +34,14 @@ class Deployed:
     An export in format "executorch" answers on ExecuTorch, whose Python package needs torch.
 
     An image's answer does not depend on the batch it comes in, and is that of `LGViT.infer` to float32
-    rounding. Calls from several threads wait for one another.
+    rounding, unless the export is int8. Calls from several threads wait for one another.
 
     Args:
         folder: what `lgvit_fast.export` wrote. It need not be trusted: hashes are verified, fields
             validated, and no file outside it is opened.
-        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed;
-            "executorch" or "auto" for an export in that format.
+        runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed; the
+            other way round for int8, in which OpenVINO alone multiplies. "executorch" or "auto" for an
+            export in that format.
         threads: None takes every processor this process may use. ExecuTorch has one pool of threads
             for the process: the latest `Deployed` sets its size.
 
@@ -71,7 +72,9 @@ class Deployed:
         self.exits = tuple(map(DeployedExit, layers, self.manifest.heads))
         self.num_classes = self.manifest.num_classes
         self.class_names = self.manifest.class_names
-        self.runtime, load = load_runtime(runtime, threads, self.manifest.file_format)
+        self.runtime, load = load_runtime(
+            runtime, threads, self.manifest.file_format, self.manifest.precision
+        )
         self._policy: Policy = self.manifest.policy or Confidence()
         self._policy.check(len(self.exits))
         saved = self.manifest.certificate

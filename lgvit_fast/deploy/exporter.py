@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lgvit_fast import ops
 from lgvit_fast._version import __version__
 from lgvit_fast.data.transforms import InputSpec
+from lgvit_fast.deploy.calibration_images import calibration_images
 from lgvit_fast.deploy.executorch_file import executorch_version, to_program
-from lgvit_fast.deploy.manifest import PRECISIONS, Manifest, SegmentFile, is_exported
+from lgvit_fast.deploy.int8_export import convert
+from lgvit_fast.deploy.manifest import PRECISIONS, Manifest, SegmentFile, is_exported, write_segment
 from lgvit_fast.deploy.preprocess import Preprocessing
 from lgvit_fast.model import LGViT
 from lgvit_fast.policies import to_dict
@@ -40,6 +42,8 @@ def export(
     *,
     precision: str = "float32",
     format: str = "onnx",
+    calibration: Any = None,
+    force: bool = False,
 ) -> Path:
     """Write a model for ONNX Runtime or OpenVINO; `lgvit_fast.deploy.Deployed` runs it without torch.
 
@@ -49,22 +53,32 @@ def export(
     Args:
         model: in eval mode, float32, on the CPU.
         folder: where to.
-        precision: "float32".
+        precision: "float32", or "int8" for weight matrices in 8 bits (`deploy.int8`), thresholds
+            fitted to the logits that these give.
         format: "onnx", or "executorch" for one program with a method a segment, lowered to XNNPACK, for
             phones: float32, at most 8 images a call.
+        calibration: images for int8, without labels, at least 100 that took no part in training: a
+            folder or tar of class folders, inputs `[n, C, H, W]`, or a loader of such inputs. What
+            every exit answers to them is compared with float32.
+        force: export int8 even where it loses more answers than 3 in 100 at full depth, or gains no
+            time on this machine.
 
     Returns:
         The folder.
 
     Raises:
+        Int8Refused: int8 is not worth it here; a `ValueError` that gives the figures.
         RuntimeError: the model is in train mode, or what writes the format is not installed (onnx and
-            onnxscript, or executorch).
-        ValueError: bad arguments; a model of another dtype or device, packed, or with a head that has
-            no known inference form; a segment beyond the 2 GB of an ONNX file.
+            onnxscript, or executorch), or, for int8, no runtime.
+        ValueError: bad arguments, no calibration images for int8; a model of another dtype or device,
+            packed, or with a head that has no known inference form; a segment beyond the 2 GB of an
+            ONNX file.
         FileExistsError: the folder holds something else than an export.
     """
     folder = Path(folder)
     _check(model, precision, format)
+    if precision == "float32" and (calibration is not None or force):
+        raise ValueError("calibration and force are for precision='int8', which was not asked for")
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if occupied and not is_exported(folder):
         raise FileExistsError(f"{folder} exists and is no exported model: name another folder")
@@ -72,18 +86,22 @@ def export(
     onnx = require_onnx() if format == "onnx" else None
     writer = {"onnx": onnx.__version__} if onnx else {"executorch": executorch_version()}
     spec = InputSpec.of(model.backbone)
+    images = calibration_images(calibration, spec) if precision == "int8" else None
     files: list[SegmentFile] = []
-    with _appearing(folder) as temporary:
+    with _appearing(folder) as new:
+        temporary = new if images is None else Path(tempfile.mkdtemp(dir=new.parent))
         if onnx:
             for segment, proto in segment_graphs(model, spec.size):
                 onnx.checker.check_model(proto, full_check=True)
-                name = f"segment_{segment.index}.onnx"
-                files.append(_write(temporary / name, proto.SerializeToString(deterministic=True)))
+                data = proto.SerializeToString(deterministic=True)
+                files.append(write_segment(temporary / f"segment_{segment.index}.onnx", data))
         else:
             with torch.no_grad(), ops.backend("torch"), quiet():
                 program = to_program(segment_modules(model, spec.size))
-            files.append(_write(temporary / "segments.pte", program))
-        _manifest(model, spec, precision, format, files, writer).save(temporary)
+            files.append(write_segment(temporary / "segments.pte", program))
+        _manifest(model, spec, format, files, writer).save(temporary)
+        if images is not None:
+            convert(temporary, new, images, force)
     return folder
 
 
@@ -120,19 +138,9 @@ def _appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> SegmentFile:
-    """Write a file to disk, and describe it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return SegmentFile(path.name, hashlib.sha256(data).hexdigest(), len(data))
-
-
 def _manifest(
     model: LGViT,
     spec: InputSpec,
-    precision: str,
     format: str,
     files: Sequence[SegmentFile],
     writer: dict[str, str],
@@ -146,7 +154,7 @@ def _manifest(
         policy=None if to_dict(model.policy) is None else model.policy,
         certificate=None if model.certificate is None else model.certificate.to_dict(),
         preprocessing=Preprocessing(**dataclasses.asdict(spec)),
-        precision=precision,
+        precision="float32",
         opset=OPSET if format == "onnx" else None,
         segments=tuple(files),
         made_with={"lgvit_fast": __version__, "torch": str(torch.__version__), **writer},

@@ -24,11 +24,11 @@ from lgvit_fast.deploy.preprocess import INTERPOLATIONS, Preprocessing
 from lgvit_fast.policies import Policy
 from lgvit_fast.runtimes.loaders import FORMATS
 
-__all__ = ["MANIFEST", "PRECISIONS", "Manifest", "SegmentFile", "is_exported"]
+__all__ = ["MANIFEST", "PRECISIONS", "Manifest", "SegmentFile", "is_exported", "write_segment"]
 
 MANIFEST = "manifest.json"
 VERSION = 1
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "int8")
 _FORMAT = "lgvit_fast.deployed"
 _LARGEST_MANIFEST = 64 * 2**20  # bytes; class names are the bulk of it
 
@@ -59,6 +59,7 @@ class Manifest:
         segments: the E + 1 graphs in order; in format "executorch" the one program.
         made_with: versions of what made it, for the reader.
         file_format: of these files, one of `lgvit_fast.runtimes.loaders.FORMATS`.
+        int8: what was measured when it was made int8, as json types; None in float32.
     """
 
     layers: tuple[int, ...]
@@ -73,6 +74,7 @@ class Manifest:
     segments: tuple[SegmentFile, ...]
     made_with: dict[str, str]
     file_format: str = "onnx"
+    int8: dict[str, Any] | None = None
 
     @property
     def num_exits(self) -> int:
@@ -145,6 +147,15 @@ class Manifest:
         return data
 
 
+def write_segment(path: Path, data: bytes) -> SegmentFile:
+    """Write a graph to disk, and describe the file."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return SegmentFile(path.name, hashlib.sha256(data).hexdigest(), len(data))
+
+
 def is_exported(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds an exported model."""
     return Path(folder, MANIFEST).is_file()
@@ -205,6 +216,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
         ),
         {str(key): str(value) for key, value in field("made_with", _is_object).items()},
         file_format,
+        None if content.get("int8") is None else field("int8", _is_object),
     )
 
 

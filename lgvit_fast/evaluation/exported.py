@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
@@ -21,6 +22,7 @@ class ExportedModel:
     """`Deployed` with the part of `LGViT`'s interface that evaluating takes, in torch tensors.
 
     Attributes:
+        certificate: the exported policy's, or one set since; None as soon as the policy is another.
         backbone: images to final logits with no image leaving, what early exit is timed against. All
             exits are asked on the way: an export has no graph without them.
     """
@@ -32,6 +34,7 @@ class ExportedModel:
         self.exits = deployed.exits
         self.num_blocks, self.num_classes = deployed.num_blocks, deployed.num_classes
         self.class_names: Sequence[str] | None = deployed.class_names
+        self.certificate = deployed.certificate
         self.backbone = _ToTheEnd(deployed)
 
     @property
@@ -41,7 +44,15 @@ class ExportedModel:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        if policy != self.deployed.policy:
+            self.certificate = None
         self.deployed.policy = policy
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the graphs' own, for a certificate."""
+        hashes = "".join(segment.sha256 for segment in self.deployed.manifest.segments)
+        return hashlib.sha256(hashes.encode()).hexdigest()
 
     def parameters(self) -> Iterator[Tensor]:
         """One empty tensor, which says where the model runs."""
@@ -63,8 +74,11 @@ class ExportedModel:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the policy into the manifest."""
-        dataclasses.replace(self.deployed.manifest, policy=self.policy).save(folder)
+        """Write policy and certificate into the manifest."""
+        certificate = None if self.certificate is None else self.certificate.to_dict()
+        dataclasses.replace(
+            self.deployed.manifest, policy=self.policy, certificate=certificate
+        ).save(folder)
 
 
 class _ToTheEnd:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,14 +63,16 @@ def why_missing(runtime: str) -> str | None:
 
 
 def load_runtime(
-    runtime: str, threads: int | None, format: str = "onnx"
+    runtime: str, threads: int | None, format: str = "onnx", precision: str = "float32"
 ) -> tuple[str, Callable[[bytes], list[Graph]]]:
     """The name of the runtime chosen, and what makes the graphs of a file ready on it.
 
     Args:
-        runtime: one that runs `format`, or "auto" for the first of these that is installed.
+        runtime: one that runs `format`, or "auto" for the first of these that is installed; for int8
+            the last, for ONNX Runtime would compute int8 weights in float32.
         threads: for one graph; None takes every processor this process may use.
         format: of the files, one of `FORMATS`.
+        precision: of the graphs.
 
     Raises:
         ValueError: an unknown runtime, one that does not run this format, or no thread.
@@ -84,7 +87,8 @@ def load_runtime(
         )
     if threads is not None and (isinstance(threads, bool) or threads < 1):
         raise ValueError(f"threads={threads!r}, expected at least 1, or None for all processors")
-    missing = {name: why_missing(name) for name in runtimes if runtime in ("auto", name)}
+    order = runtimes if precision == "float32" else runtimes[::-1]
+    missing = {name: why_missing(name) for name in order if runtime in ("auto", name)}
     found = next((name for name, reason in missing.items() if reason is None), None)
     if found is None:
         raise RuntimeError(" or ".join(filter(None, missing.values())))
@@ -117,6 +121,9 @@ def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
     options.log_severity_level = 3  # errors come as exceptions
 
     def load(data: bytes) -> _Loaded:
+        # Where only weights are int8 they become float32 now; else each call would do that anew.
+        fuse = b"QuantizeLinear" in data
+        options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
         session = onnxruntime.InferenceSession(
             data, sess_options=options, providers=["CPUExecutionProvider"]
         )
@@ -143,7 +150,8 @@ def _openvino(threads: int) -> Callable[[bytes], _Loaded]:
     }
 
     def load(data: bytes) -> _Loaded:
-        compiled = core.compile_model(core.read_model(model=data), "CPU", settings)
+        model = core.read_model(model=data)
+        compiled = core.compile_model(model, "CPU", settings | _row_scales(model))
         request = compiled.create_infer_request()
         names = [output.get_any_name() for output in compiled.outputs]
 
@@ -188,7 +196,34 @@ def _executorch(threads: int) -> Callable[[bytes], list[_Loaded]]:
     return load
 
 
-# From a number of threads to what loads the bytes of any ONNX graph; "auto" takes the first installed.
+def _row_scales(model: Any) -> dict[Any, Any]:
+    """The setting under which OpenVINO multiplies in int8: how many values of a row share a scale.
+
+    Where the processor cannot, OpenVINO computes in float32 instead. The number has to divide the rows
+    of every matrix, else that matrix stays in float32; the more share a scale, the faster.
+    """
+    from openvino.properties import hint
+
+    lengths = [
+        node.input_value(0).get_partial_shape()[-1].get_length()
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul" and _is_int8(node.input_value(1).get_node())
+    ]
+    return {hint.dynamic_quantization_group_size: math.gcd(*lengths)} if lengths else {}
+
+
+def _is_int8(node: Any) -> bool:
+    """Whether a node is an int8 constant times a scale, in any of the forms a reader gives it."""
+    for _ in range(4):
+        if node.get_type_name() == "Constant":
+            return bool(node.get_element_type().get_type_name() == "i8")
+        if not node.get_input_size():
+            return False
+        node = node.input_value(0).get_node()
+    return False
+
+
+# From a number of threads to what loads the bytes of any ONNX graph; see `load_runtime` for the order.
 LOADERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 RUNTIMES = tuple(LOADERS)
 FORMATS = {"onnx": RUNTIMES, "executorch": ("executorch",)}  # of an export, and what runs them

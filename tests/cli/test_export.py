@@ -11,6 +11,7 @@ from PIL import Image
 import lgvit_fast
 from lgvit_fast.cli import main
 from tests.deploy import exports
+from tests.helpers import tiny_model
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -43,7 +44,13 @@ def test_export(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(lgvit_fast, "export", export, raising=False)
     run("export", tmp_path / "model", tmp_path / "exported")
-    assert given == {"precision": "float32", "format": "onnx", "policy": lgvit_fast.Entropy(0.7)}
+    assert given == {
+        "precision": "float32",
+        "format": "onnx",
+        "policy": lgvit_fast.Entropy(0.7),
+        "calibration": None,
+        "force": False,
+    }
     out = capsys.readouterr().out
     assert "5 graphs" in out and "Entropy(threshold=0.7)" in out
     run("export", tmp_path / "model", tmp_path / "phone", "--format", "executorch")
@@ -99,3 +106,50 @@ def test_eval_is_that_of_the_model(photos, tmp_path, capsys):
     assert lgvit_fast.LGViT.from_pretrained(tmp_path / "model").policy == lgvit_fast.Patience(
         saved["patience"]
     )
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """A hundred pictures in one class folder."""
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    (tmp_path / "calibration" / "any").mkdir(parents=True)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "calibration" / "any" / f"{number}.png")
+    return tmp_path / "calibration"
+
+
+def test_int8(tmp_path, photos, calibration, capsys, monkeypatch):
+    """Refused with the figures, forced, and then taken by every command that takes an export."""
+    pytest.importorskip("openvino")
+    slow = {"float32": {"onnxruntime": {1: 3.0, 16: 2.0}}, "int8": {"openvino": {1: 3.25, 16: 2.5}}}
+    monkeypatch.setattr("lgvit_fast.deploy.int8_export.measure_times", lambda *arguments: slow)
+    model = tiny_model(exits=[1, 2], heads=["lph_full", "gah_2"], depth=3)
+    model.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "int8"
+    command = ["export", tmp_path / "model", folder, "--precision", "int8"]
+    run(*command, code=2)
+    assert "needs --calibration DIR" in capsys.readouterr().err
+    run("export", tmp_path / "model", folder, "--force", code=2)
+    assert "go with --precision int8" in capsys.readouterr().err
+    command += ["--calibration", calibration]
+    run(*command, code=1)
+    assert "3.25 ms an image in batches of 1 (float32 3.00)" in capsys.readouterr().err
+    assert not folder.exists()
+    run(*command, "--force")
+    out = capsys.readouterr().out
+    assert "percent of 100 images that keep their class" in out and "3 graphs" in out
+    assert "int8 on openvino, milliseconds an image: 3.25 in batches of 1" in out
+
+    run("predict", folder, photos)
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    run("eval", folder, "--data", photos, "--no-timing", "--out", tmp_path / "report")
+    goal = ["--data", calibration, "--unlabelled", "--min-agreement", "5", "--confidence", "60"]
+    run("calibrate", folder, *goal)
+    certificate = lgvit_fast.deploy.Deployed(folder).certificate
+    assert certificate.goal == "min_agreement" and certificate.model
+    assert str(certificate) in capsys.readouterr().out
+    run("calibrate", folder, *goal, "--output", tmp_path / "other", code=2)
+    assert "need a saved model" in capsys.readouterr().err
+    run("eval", folder, "--data", photos, "--no-timing", "--out", tmp_path / "report",
+        "--policy", "patience", "--save-policy")  # fmt: skip
+    assert lgvit_fast.deploy.Deployed(folder).certificate is None  # it was of another policy

@@ -36,13 +36,14 @@ def test_a_dense_graph_answers_as_the_backbone(exported, runtime):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@installed("onnx", "onnxruntime")
-def test_int8_is_smaller_and_answers(exported, tmp_path):
+@installed("onnx", "onnxruntime", "openvino")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_int8_is_smaller_and_answers(exported, tmp_path, runtime):
     model, path = exported
     small = tmp_path / "int8.onnx"
-    dense.quantize(path, small)
+    dense.quantize(path, small, runtime)
     assert small.stat().st_size < 0.6 * path.stat().st_size
-    predicted = dense.load_dense(small, "onnxruntime", 1)(images(40).numpy()).argmax(-1)
+    predicted = dense.load_dense(small, runtime, 1)(images(40).numpy()).argmax(-1)
     with torch.no_grad():
         expected = model.backbone(images(40)).argmax(-1)
     assert (torch.from_numpy(predicted) == expected).double().mean() > 0.6
@@ -54,6 +55,6 @@ def test_what_is_missing_is_named(monkeypatch):
 
     only("onnx", "onnxscript")
     assert dense.why_not("openvino", "float32") == "not installed: pip install openvino"
-    assert dense.why_not("openvino", "int8") == "not installed: pip install openvino onnxruntime"
+    assert dense.why_not("openvino", "int8") == "not installed: pip install openvino"
     only("onnx", "onnxscript", "openvino")
     assert dense.why_not("openvino", "float32") is None

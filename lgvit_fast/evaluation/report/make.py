@@ -368,7 +368,7 @@ class _Exports:
         self.folder, self.model, self.rivals, self.calibration = folder, model, rivals, calibration
         self._saved = folder / "model"
         model.save_pretrained(self._saved)
-        self._made: dict[tuple[str, bool, str], str | Exception] = {}
+        self._made: dict[tuple[str, bool, str, str], str | Exception] = {}
 
     def of(self, way: Way) -> str:
         """Folder or file for a way.
@@ -378,7 +378,8 @@ class _Exports:
         """
         if way.engine not in TITLES:
             return way.rival or str(self._saved)
-        key = (way.rival, way.early, way.precision)
+        dense_int8 = way.precision == "int8" and not way.early  # differs between the runtimes
+        key = (way.rival, way.early, way.precision, way.engine if dense_int8 else "")
         if key not in self._made:
             try:
                 self._made[key] = self._export(way)
@@ -402,7 +403,7 @@ class _Exports:
         path = path.with_suffix(".onnx")
         if way.precision == "int8":
             source = self.of(Way(way.engine, "float32", way.early, way.rival))
-            quantize(Path(source), path)
+            quantize(Path(source), path, way.engine)
         else:
             backbone: Any = model.backbone if isinstance(model, LGViT) else model
             export_dense(backbone, input_spec(model), path)

@@ -246,8 +246,9 @@ def _method(report: Report) -> str:
         " against the clock and are stopped while it is not theirs. The full model runs without exit"
         " heads; <code>lgvit_fast.Engine</code> makes it faster without early exit, too. The layer"
         " ratio is what early exit would gain if heads and bookkeeping cost nothing."
-        " int8 of a dense model is ONNX Runtime's dynamic quantization, whose answers can depend on the"
-        f" other images of a batch.</p><dl>{rows}</dl>{unreadable}"
+        " int8 of a dense model on ONNX Runtime is its dynamic quantization, whose answers can depend"
+        " on the other images of a batch; on OpenVINO it has scales a row, as early exit in int8 has."
+        f"</p><dl>{rows}</dl>{unreadable}"
     )
 
 
