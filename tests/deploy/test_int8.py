@@ -219,7 +219,7 @@ def test_int8_weights_stand_in_every_graph():
 
 
 def test_auto_takes_the_runtime_that_multiplies_in_int8(monkeypatch):
-    from lgvit_fast.deploy import runtimes
+    from lgvit_fast.runtimes import loaders as runtimes
 
     assert Deployed(folder()).runtime == "openvino"
     assert Deployed(exports.folder()).runtime == "onnxruntime"
