@@ -114,10 +114,13 @@ def build(folder: Path, main: str = "kernels.cpp", sanitize: str = "") -> Path:
         "scheduler": ["-O2", *(["-DCUDA_HOST_TSAN"] if "thread" in sanitize else [])],
         Path(main).stem: ["-O1", *checked],
     }
+    # Not the compiler is to be checked.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     running = [
         subprocess.Popen(
             [command, *FLAGS, *flags, "-I.", "-c", f"{name}.cpp", "-o", f"{name}.o"],
             cwd=folder,
+            env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -131,6 +134,9 @@ def build(folder: Path, main: str = "kernels.cpp", sanitize: str = "") -> Path:
     target = folder / ("kernels.so" if shared else "program")
     objects = [f"{name}.o" for name in jobs]
     subprocess.run(
-        [command, *shared, *checked, *objects, "-o", str(target)], cwd=folder, check=True
+        [command, *shared, *checked, *objects, "-o", str(target)],
+        cwd=folder,
+        env=environment,
+        check=True,
     )
     return target

@@ -295,9 +295,23 @@ def test_a_barrier_that_not_all_threads_reach_is_an_error(kernels):
     Exit(300).check(kernels)
 
 
+@pytest.mark.skipif(not SANITIZED, reason="no sanitizer")
+def test_the_sanitizer_sees_an_access_beyond_a_buffer(kernels):
+    kernels.schedule("forward")
+    case = Exit(300, leaving=1.0, stray=(305 + 70,))
+    child = os.fork()
+    if not child:
+        with kernels.fault("answers written beyond the buffer"):
+            case.run(kernels)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] != 0
+
+
 @pytest.fixture(scope="module")
 def under_thread_sanitizer(tmp_path_factory):
     """Runs the kernels with one of the faults, or none; returns the exit code and what was said."""
+    if SANITIZED:
+        pytest.skip("runs without another sanitizer")
     folder = tmp_path_factory.mktemp("races")
     try:
         program = build(folder, "races.cpp", "thread")
@@ -309,7 +323,10 @@ def under_thread_sanitizer(tmp_path_factory):
         environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         environment["TSAN_OPTIONS"] = "halt_on_error=1"
         command = [program, str(number)]
-        for prefix in ([], ["setarch", "-R"]):  # it needs addresses that randomness may not leave it
+        for prefix in (
+            [],
+            ["setarch", "-R"],
+        ):  # it needs addresses that randomness may not leave it
             done = subprocess.run(
                 [*prefix, *command], capture_output=True, text=True, env=environment
             )

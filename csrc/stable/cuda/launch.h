@@ -43,8 +43,8 @@ inline Rows as_rows(const Tensor& tensor, uint32_t widest = 16) {
   const RowBytes rows = row_bytes(tensor);
   const uint32_t width = std::min(widest, access_width(rows.data, rows.stride, rows.bytes));
   const int64_t units = rows.bytes / width;
-  LGVIT_CHECK_VALUE(units <= std::numeric_limits<int32_t>::max(), "a row of ", rows.bytes, " bytes in accesses of ",
-                    width, " is too long");
+  LGVIT_CHECK_VALUE(units <= std::numeric_limits<int32_t>::max(), "a row of ", rows.bytes,
+                    " bytes is too long, ", width, " at a time");
   return {rows.data, rows.stride, uint32_t(units), width};
 }
 
