@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels of csrc/stable/cuda for the host, against the runtime beside this file.
 
-Each fault of `FAULTS` is compiled in beside the right code and off until it is chosen, so that tests can
-see it found without another build.
+Each fault of `FAULTS` is compiled in beside the right code and off until it is chosen, so that tests
+can see it found without another build.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ REWRITES = (
 
 _LAST = "last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;"
 
-# Faults by name: statements of the kernels without their comments, and what a faulty kernel has in their
-# place. The first five are races.
+# Faults by name: statements of the kernels without their comments, and what a faulty kernel has in
+# their place. The first five are races.
 FAULTS = {
     "rows move while others read them": (
         "if (!last_to_finish(args.finished)) return;",

@@ -104,7 +104,8 @@ void leave(State state) {
 
 void start(Fiber& fiber, Block& block, unsigned number) {
   if (!fiber.stack) {
-    fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                       -1, 0);
     if (fiber.stack == MAP_FAILED) std::abort();
     fiber.tsan = __tsan_create_fiber(0);
   }
