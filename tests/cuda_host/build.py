@@ -52,8 +52,8 @@ FAULTS = {
         "for (int row = threadIdx.x; row < n; row += kThreads) order[row] = uint16_t(row);",
     ),
     "half of the threads miss a barrier": (
-        "if (holes) atomicAdd(&plan.num_moves, holes);\n  __syncthreads();",
-        "if (holes) atomicAdd(&plan.num_moves, holes);\n  if (threadIdx.x < 128) __syncthreads();",
+        "__syncthreads();\n  return last;",
+        "if (threadIdx.x < 128) __syncthreads();\n  return last;",
     ),
     "answers written beyond the buffer": (
         "if (row < 0 || row >= args.answers) continue;",

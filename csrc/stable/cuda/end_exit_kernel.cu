@@ -67,7 +67,8 @@ __device__ bool last_to_finish(uint32_t* finished) {
 }
 
 template <bool kInto>
-__global__ void __launch_bounds__(kThreads) end_exit_kernel(const __grid_constant__ EndExitArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    end_exit_kernel(const __grid_constant__ EndExitArgs args) {
   __shared__ Plan plan;
   __shared__ uint16_t order[kInto ? kMaxRows : 1];
   const int entering =
