@@ -21,7 +21,7 @@ ROW_BYTES = {16: 48, 8: 40, 4: 12, 2: 6, 1: 7}  # by the widest access they allo
 LEAVING = {"none": 0.0, "some": 0.4, "all": 1.0}
 GUARD = 0xA5  # what lies between and around rows
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux")
 
 
 @pytest.fixture(scope="module")
