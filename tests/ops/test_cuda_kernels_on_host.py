@@ -194,7 +194,7 @@ def test_an_exit_equals_the_reference(kernels, batch, into, leaving):
     Exit(batch, leaving, into=into, seed=batch).check(kernels)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_blocks_does_not_matter(kernels, order, multiprocessors):
     for seed in range(2):
@@ -321,7 +321,8 @@ def under_thread_sanitizer(tmp_path_factory):
     def run(fault=None):
         number = 0 if fault is None else 1 + list(FAULTS).index(fault)
         environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-        environment["TSAN_OPTIONS"] = "halt_on_error=1"
+        # Names of functions and lines are for who must find a fault that nobody put in.
+        environment["TSAN_OPTIONS"] = f"halt_on_error=1:symbolize={int(fault is None)}"
         command = [program, str(number)]
         for prefix in (
             [],
