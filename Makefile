@@ -57,9 +57,9 @@ SANITIZED := build/sanitize/lib
 sanitize: $(STAMP)
 	LGVIT_BUILD=cpu LGVIT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 		--force --build-base build/sanitize --build-lib $(SANITIZED)
-	rm -rf $(SANITIZED)/tests
-	cp -r tests pyproject.toml $(SANITIZED)
-	cd $(SANITIZED) && export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1 \
+	rm -rf $(SANITIZED)/tests $(SANITIZED)/csrc
+	cp -r tests csrc pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && export LGVIT_SANITIZE=address,undefined OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1 \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" && \
 		python -m pytest -q tests/ops && python -m tests.fuzz.ops_fuzz 2500

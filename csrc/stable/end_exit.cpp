@@ -49,7 +49,8 @@ void end_exit_(const Tensor& logits, const Tensor& leave, const Tensor& valid, c
                const std::vector<Tensor>& answer, const std::optional<Tensor>& entering,
                const std::vector<Tensor>& counts, const std::optional<Tensor>& scratch, int64_t index,
                int64_t layer) {
-  const lgvit::EndExit exit{logits, leave, valid, tokens, into, rows, state, answer, entering, counts};
+  const lgvit::EndExit exit{logits, leave, valid, tokens, into, rows, state, answer, entering, counts,
+                            scratch};
   exit.check();
   const int64_t images = count_entering(exit);
   write_answers(exit, images, index, layer);

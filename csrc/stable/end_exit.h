@@ -18,6 +18,7 @@ struct EndExit {
   std::vector<Tensor> answer;  // logits, exit index, exit layer, nonfinite
   std::optional<Tensor> entering;
   std::vector<Tensor> counts;
+  std::optional<Tensor> scratch;
 
   int64_t batch() const { return leave.size(0); }
 
@@ -49,8 +50,9 @@ struct EndExit {
                         "into is ", into->scalar_type(), " ", shape_text(*into), ", expected at least as"
                         " many rows as tokens, which is ", tokens.scalar_type(), " ", shape_text(tokens));
     }
-    for (const Tensor& count : counts) check_count("count", count);
-    if (entering) check_count("entering", *entering);
+    for (const Tensor& count : counts) check_single("count", count, ScalarType::Long);
+    if (entering) check_single("entering", *entering, ScalarType::Long);
+    if (scratch) check_single("scratch", *scratch, ScalarType::Int);
     check_devices();
     check_overlaps();
   }
@@ -68,10 +70,10 @@ struct EndExit {
                       " [", length, "], contiguous");
   }
 
-  static void check_count(const std::string& name, const Tensor& tensor) {
+  static void check_single(const std::string& name, const Tensor& tensor, ScalarType type) {
     check_memory(name, tensor);
-    LGVIT_CHECK_VALUE(tensor.numel() == 1 && tensor.scalar_type() == ScalarType::Long, name,
-                      " is ", tensor.scalar_type(), " ", shape_text(tensor), ", expected Long [1]");
+    LGVIT_CHECK_VALUE(tensor.numel() == 1 && tensor.scalar_type() == type, name, " is ",
+                      tensor.scalar_type(), " ", shape_text(tensor), ", expected ", type, " [1]");
   }
 
   template <typename F>
@@ -84,6 +86,7 @@ struct EndExit {
     for (const Tensor& tensor : answer) f("answer", tensor);
     if (into) f("into", *into);
     if (entering) f("entering", *entering);
+    if (scratch) f("scratch", *scratch);
   }
 
   void check_devices() const {
@@ -102,6 +105,7 @@ struct EndExit {
     for (const Tensor& tensor : answer) written.emplace_back("the answer", tensor);
     for (const Tensor& tensor : counts) written.emplace_back("count", tensor);
     if (into) written.emplace_back("into", *into);
+    if (scratch) written.emplace_back("scratch", *scratch);
     read.emplace_back("logits", logits);
     read.emplace_back("leave", leave);
     read.emplace_back("valid", valid);

@@ -30,7 +30,7 @@ struct Span {
   Span(std::string name, const Tensor& tensor) : name(std::move(name)) {
     const uint64_t rows = tensor.dim() ? tensor.size(0) : 1, itemsize = tensor.element_size();
     width = rows ? tensor.numel() / rows * itemsize : 0;
-    stride = tensor.dim() ? tensor.stride(0) * itemsize : 0;
+    stride = rows > 1 ? tensor.stride(0) * itemsize : 0;  // of a single row it means nothing
     start = reinterpret_cast<uint64_t>(tensor.const_data_ptr());
     end = width ? start + (rows - 1) * stride + width : start;
   }

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lgvit_fast.exit_rules import ExitStep
 from lgvit_fast.ops.compact import compact_ as compact_op
+from lgvit_fast.ops.end_exit import end_exit_ as end_exit_op
 from lgvit_fast.ops.exit_step import ExitRule, exit_step_reference
 from lgvit_fast.ops.gah import gah_pool_reference
 from lgvit_fast.ops.lph import LPHWeights, lph_pool_reference
@@ -167,6 +169,41 @@ def compaction(draw: Draw) -> dict[str, object]:
     return {"tensors": tensors, "keep": keep, "count": torch.zeros(1, dtype=torch.int64)}
 
 
+def end_exit(draw: Draw) -> dict[str, object]:
+    r = draw.random
+    batch, classes, width = r.choice([0, 1, 2, 5, 33]), r.choice([1, 5, 16]), r.randint(0, 9)
+    answers = batch + r.randint(0, 3)
+    kinds = (torch.float32, torch.bfloat16, torch.uint8)
+
+    def flags(chance: float) -> Tensor:
+        return torch.rand(batch, generator=draw.torch) < chance
+
+    def rows(*shape: int) -> Tensor:
+        return draw.tensor(*shape, dtype=torch.float32, scale=50).to(r.choice(kinds)).contiguous()
+
+    logits, tokens = rows(batch, classes), rows(batch, width)
+    return {
+        "logits": logits,
+        "leave": flags(r.random()),
+        "valid": flags(0.8),
+        "tokens": tokens,
+        "into": torch.zeros(batch + 1, width, dtype=tokens.dtype) if r.random() < 0.5 else None,
+        "rows": torch.randperm(answers, generator=draw.torch)[:batch],
+        "state": rows(batch, r.randint(0, 3)),
+        "answer": [
+            torch.zeros(answers, classes, dtype=logits.dtype),
+            torch.zeros(answers, dtype=torch.int64),
+            torch.zeros(answers, dtype=torch.int64),
+            torch.zeros(answers, dtype=torch.bool),
+        ],
+        "entering": torch.tensor([r.randint(0, batch)]) if r.random() < 0.5 else None,
+        "counts": [torch.zeros(1, dtype=torch.int64) for _ in range(r.randint(1, 2))],
+        "scratch": torch.zeros(1, dtype=torch.int32) if r.random() < 0.5 else None,
+        "index": r.randint(0, 9),
+        "layer": r.randint(1, 9),
+    }
+
+
 def check_lph(a: dict[str, object], got: Tensor) -> None:
     weights = LPHWeights(**{name: _double(a[name]) for name in LPHWeights._fields})
     place = (a["height"], a["width"])
@@ -216,6 +253,22 @@ def check_compact(before: dict[str, object], a: dict[str, object]) -> None:
         assert torch.equal(got[:n], expected[:n]), "rows"
 
 
+def check_end_exit(before: dict[str, object], a: dict[str, object]) -> None:
+    entering = before["entering"]
+    images = len(before["leave"]) if entering is None else int(entering)
+    packed = {name: before[name][:images].clone() for name in ("tokens", "rows", "state")}
+    answer = [part.clone() for part in before["answer"]]
+    step = ExitStep(*(before[name][:images] for name in ("logits", "leave", "valid")))
+    place = {"index": before["index"], "layer": before["layer"]}
+    n = end_exit_op(step, **packed, answer=answer, **place, backend="torch")
+    assert all(int(count) == n for count in a["counts"]), "counts"
+    for got, expected in zip(a["answer"], answer, strict=True):
+        assert torch.equal(got, expected), "answer"
+    got = a | ({} if a["into"] is None else {"tokens": a["into"]})
+    for name, expected in packed.items():
+        assert torch.equal(got[name][:n], expected[:n]), name
+
+
 def _double(value: object) -> object:
     return value.double() if isinstance(value, Tensor) else value
 
@@ -238,11 +291,15 @@ OPS = {
     "gah_pool_cpp": (gah, check_gah),
     "exit_step_cpp": (step, check_step),
     "compact_": (compaction, None),
+    "end_exit_": (end_exit, None),
 }
+IN_PLACE = {"compact_": check_compact, "end_exit_": check_end_exit}
 
 
 def _copy(value: object) -> object:
-    return [t.clone() for t in value] if isinstance(value, list) else value.clone()
+    if isinstance(value, list):
+        return [t.clone() for t in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
@@ -254,7 +311,7 @@ def run_case(number: int, seed: int) -> str:
     arguments = make(draw)
     spoiled = draw.spoil(arguments) if draw.random.random() < 0.5 else None
     before = None
-    if name == "compact_" and spoiled is None:
+    if name in IN_PLACE and spoiled is None:
         before = {key: _copy(value) for key, value in arguments.items()}
     try:
         got = getattr(torch.ops.lgvit_fast, name)(**arguments)
@@ -266,7 +323,7 @@ def run_case(number: int, seed: int) -> str:
         if check is not None:
             check(arguments, got)
         elif before is not None:
-            check_compact(before, arguments)
+            IN_PLACE[name](before, arguments)
     except AssertionError as error:
         raise AssertionError(f"{name}, spoiled {spoiled}: {error}") from None
     return "value"

@@ -90,6 +90,37 @@ def compact_arguments(**changed: object) -> dict[str, object]:
     return arguments | changed
 
 
+def end_exit_arguments(**changed: object) -> dict[str, object]:
+    arguments: dict[str, object] = {
+        "logits": torch.randn(B, K),
+        "leave": torch.tensor([True, False, False]),
+        "valid": torch.ones(B, dtype=torch.bool),
+        "tokens": torch.randn(B, 4),
+        "into": torch.zeros(B + 1, 4),
+        "rows": torch.arange(B),
+        "state": torch.zeros(B, 2, dtype=torch.int32),
+        "answer": [
+            torch.zeros(B, K),
+            torch.zeros(B, dtype=torch.int64),
+            torch.zeros(B, dtype=torch.int64),
+            torch.zeros(B, dtype=torch.bool),
+        ],
+        "entering": torch.tensor([B]),
+        "counts": [torch.zeros(1, dtype=torch.int64)],
+        "scratch": torch.zeros(1, dtype=torch.int32),
+        "index": 0,
+        "layer": 1,
+    }
+    return arguments | changed
+
+
+def answer_with(place: int, tensor: Tensor) -> dict[str, object]:
+    """The answer with one of its tensors replaced."""
+    answer: list[object] = list(end_exit_arguments()["answer"])  # type: ignore[call-overload]
+    answer[place] = tensor
+    return {"answer": answer}
+
+
 _GRID = [
     {"num_prefix_tokens": -1, "height": 14, "width": 1},
     {"num_prefix_tokens": -(2**63), "height": 1, "width": 13},
@@ -200,6 +231,46 @@ _COMPACT = [
     {"tensors": [torch.zeros(B, 4).to_sparse()]},
     {"tensors": [torch.zeros(B, 4, device="meta")]},
 ]
+_END_EXIT = [
+    *(
+        {name: tensor}
+        for name in ("logits", "tokens", "into", "state")
+        for tensor in (
+            freed(B, 4),
+            short(B, 4),
+            torch.zeros(()),
+            torch.zeros(B - 1, 4),
+            torch.zeros(1, 4).expand(B, 4),
+            torch.zeros(B, 8)[:, ::2],
+            torch.zeros(B, 1).expand(B, 2**56),
+            torch.zeros(B, 4).to_sparse(),
+        )
+    ),
+    *({name: freed(B, dtype=torch.bool)} for name in ("leave", "valid")),
+    *({name: torch.ones(B + 1, dtype=torch.bool)} for name in ("leave", "valid")),
+    *({name: torch.ones(2 * B, dtype=torch.bool)[::2]} for name in ("leave", "valid")),
+    *({"rows": rows} for rows in (freed(B, dtype=torch.int64), torch.zeros(1).long().expand(B))),
+    *({"rows": torch.tensor([0, row, 1])} for row in (-1, B, HUGE, -HUGE)),
+    *({"entering": torch.tensor([count])} for count in (-1, B + 1, HUGE, -HUGE)),
+    *({"entering": t} for t in (torch.zeros(1), torch.arange(2), freed(1, dtype=torch.int64))),
+    *({"counts": [t]} for t in (torch.zeros(1), _COUNT, freed(1, dtype=torch.int64))),
+    *({"scratch": t} for t in (torch.zeros(1), freed(1, dtype=torch.int32))),
+    {"answer": []},
+    answer_with(0, torch.zeros(B, K + 1)),
+    answer_with(0, torch.zeros(B, K).double()),
+    answer_with(0, torch.zeros(B - 1, K)),
+    answer_with(0, freed(B, K)),
+    answer_with(0, torch.zeros(1, K).expand(B, K)),
+    *(answer_with(place, torch.zeros(B)) for place in (1, 2, 3)),
+    *(answer_with(place, freed(B, dtype=torch.int64)) for place in (1, 2)),
+    answer_with(3, freed(B, dtype=torch.bool)),
+    answer_with(1, torch.zeros(B - 1, dtype=torch.int64)),
+    {"tokens": _BUFFER[:12].view(B, 4), "into": _BUFFER[8:24].view(B + 1, 4)},
+    {"tokens": _BUFFER[:12].view(B, 4), "state": _BUFFER[11:17].view(B, 2)},
+    {"logits": _BUFFER[:15].view(B, K), "tokens": _BUFFER[14:26].view(B, 4)},
+    {"rows": _COUNT, "counts": [_COUNT[2:3]]},
+    {"leave": _FLAGS} | answer_with(3, _FLAGS),
+]
 
 
 def _operator(name: str, arguments: Callable[..., dict[str, object]], changed: dict[str, object]):
@@ -281,15 +352,20 @@ def cases(native: bool = True) -> dict[str, Callable[[], object]]:
         "gah_pool": ("gah_pool_cpp", gah_arguments, _GAH, _gah),
         "exit_step": ("exit_step_cpp", step_arguments, _STEP, _step),
         "compact_": ("compact_", compact_arguments, _COMPACT, _compact),
+        "end_exit_": ("end_exit_", end_exit_arguments, _END_EXIT, None),
     }
     for op, (name, arguments, changes, public) in of_op.items():
         for i, changed in enumerate(changes):
             label = f"{op}-{i}-{'+'.join(changed)}"
             if native and not _on_meta(changed):  # there the operators only tell shapes
                 table[f"operator-{label}"] = _operator(name, arguments, changed)
-            if "count" in changed or any(
-                isinstance(v, Tensor) and v.dtype in (torch.float16, torch.float64)
-                for v in changed.values()
+            if (
+                public is None
+                or "count" in changed
+                or any(
+                    isinstance(v, Tensor) and v.dtype in (torch.float16, torch.float64)
+                    for v in changed.values()
+                )
             ):
                 continue  # the public functions have no such argument, or take these dtypes
             for backend in backends:

@@ -204,11 +204,39 @@ def replaced(**others):
         ("entering", lambda case: case.rows[:1], "share memory"),
         ("counts", lambda case: [torch.zeros(2, dtype=torch.int64)], r"count is Long \[2\]"),
         ("counts", lambda case: [case.rows[:1]], "share memory"),
+        ("scratch", lambda case: torch.zeros(1, dtype=torch.int64), r"scratch is Long \[1\]"),
+        ("scratch", lambda case: case.state[0, :1], "scratch share memory"),
     ],
 )
 def test_hostile_arguments_are_refused_before_anything_is_written(name, value, message):
     with pytest.raises(ValueError, match=message):
         replaced(**{name: value})
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
+def test_a_single_row_of_any_stride_is_seen_to_overlap():
+    buffer = torch.zeros(16)
+    state = buffer.as_strided((2, 1), (2, 1), 1)  # 4 of every 8 bytes
+    answer = buffer.as_strided((1, 4), (2, 1))  # one row: its stride means nothing
+    with pytest.raises(ValueError, match="share memory"):
+        torch.ops.lgvit_fast.end_exit_(
+            torch.zeros(2, 4),
+            *(torch.zeros(2, dtype=torch.bool) for _ in range(2)),
+            torch.zeros(2, 3),
+            None,
+            torch.zeros(2, dtype=torch.int64),
+            state,
+            [
+                answer,
+                *(torch.zeros(1, dtype=torch.int64) for _ in range(2)),
+                torch.zeros(1, dtype=torch.bool),
+            ],
+            None,
+            [],
+            None,
+            0,
+            1,
+        )
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")

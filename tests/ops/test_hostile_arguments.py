@@ -9,6 +9,7 @@ from tests.ops.hostile import (
     B,
     cases,
     compact_arguments,
+    end_exit_arguments,
     gah_arguments,
     lph_arguments,
     step_arguments,
@@ -41,6 +42,9 @@ def test_the_arguments_that_fit_are_taken():
     given = compact_arguments()
     ops.compact_(**given)
     assert given["count"].item() == 2
+    given = end_exit_arguments()
+    ops.end_exit_(**given)
+    assert given["counts"][0].item() == 2
 
 
 @needs_extension
@@ -61,6 +65,19 @@ def test_a_refused_compaction_moves_nothing():
     with pytest.raises(ValueError, match="companion 1"):
         torch.ops.lgvit_fast.compact_(**compact_arguments(tensors=tensors))
     assert torch.equal(tensors[0], torch.arange(12.0).view(B, 4))
+
+
+@needs_extension
+def test_a_refused_exit_writes_nothing():
+    given = end_exit_arguments(rows=torch.tensor([0, 1, B]))
+    tensors = [
+        v for value in given.values() for v in (value if isinstance(value, list) else [value])
+    ]
+    before = [t.clone() for t in tensors if isinstance(t, torch.Tensor)]
+    with pytest.raises(ValueError, match=f"rows holds {B}"):
+        torch.ops.lgvit_fast.end_exit_(**given)
+    after = [t for t in tensors if isinstance(t, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
 @needs_extension
@@ -99,12 +116,15 @@ def test_the_policy_state_and_the_count_bump_versions():
 
 
 @needs_extension
-@pytest.mark.parametrize("op", ["compact_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"])
+@pytest.mark.parametrize(
+    "op", ["compact_", "end_exit_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"]
+)
 def test_an_operator_without_a_gradient_says_so(op):
     call = getattr(torch.ops.lgvit_fast, op)
     leaf = torch.randn(B, 13, 16, requires_grad=True)
     arguments = {
         "compact_": lambda t: compact_arguments(tensors=[t]),
+        "end_exit_": lambda t: end_exit_arguments(tokens=t, into=None),
         "lph_pool_cpp": lambda t: lph_arguments(tokens=t),
         "gah_pool_cpp": lambda t: gah_arguments(tokens=t),
         "exit_step_cpp": lambda t: step_arguments(tokens=t),

@@ -7,7 +7,8 @@
 namespace lgvit {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) compact_kernel(const __grid_constant__ CompactArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    compact_kernel(const __grid_constant__ CompactArgs args) {
   __shared__ Plan plan;
   const int n = make_plan(plan, args.batch, [&](int row) { return args.keep[row * args.keep_stride] != 0; });
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.count = n;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../end_exit.h"
@@ -17,17 +18,13 @@ void end_exit_(const Tensor& logits, const Tensor& leave, const Tensor& valid, c
                const std::vector<Tensor>& answer, const std::optional<Tensor>& entering,
                const std::vector<Tensor>& counts, const std::optional<Tensor>& scratch, int64_t index,
                int64_t layer) {
-  const lgvit::EndExit exit{logits, leave, valid, tokens, into, rows, state, answer, entering, counts};
+  const lgvit::EndExit exit{logits, leave, valid, tokens, into, rows, state, answer, entering, counts,
+                            scratch};
   exit.check();
   lgvit::check_on_gpu("leave", leave);
   LGVIT_CHECK_VALUE(counts.size() <= 2, "counts has ", counts.size(), " tensors, expected at most 2");
   for (const Tensor& count : counts) lgvit::check_count_reachable(count, leave);
   LGVIT_CHECK_VALUE(scratch.has_value(), "scratch is missing, a CUDA device needs it");
-  lgvit::check_memory("scratch", *scratch);
-  LGVIT_CHECK_VALUE(scratch->numel() == 1 && scratch->scalar_type() == lgvit::ScalarType::Int &&
-                        scratch->device() == leave.device(),
-                    "scratch is ", scratch->scalar_type(), " on ", lgvit::device_text(*scratch),
-                    ", expected Int [1], zero, on ", lgvit::device_text(leave));
   const lgvit::Launch launch(leave);
 
   lgvit::EndExitArgs args{};
@@ -36,19 +33,17 @@ void end_exit_(const Tensor& logits, const Tensor& leave, const Tensor& valid, c
   args.leave = static_cast<const uint8_t*>(leave.const_data_ptr());
   args.valid = static_cast<const uint8_t*>(valid.const_data_ptr());
   args.rows = rows.mutable_data_ptr<int64_t>();
-  args.logits = lgvit::as_rows(logits);
-  args.answer_logits = lgvit::as_rows(answer[0]);
-  lgvit::match_width(args.logits, args.answer_logits);
+  std::tie(args.logits, args.answer_logits) = lgvit::as_rows_alike(logits, answer[0]);
   args.answers = answer[1].size(0);
   args.exit_index = answer[1].mutable_data_ptr<int64_t>();
   args.exit_layer = answer[2].mutable_data_ptr<int64_t>();
   args.nonfinite = static_cast<uint8_t*>(answer[3].mutable_data_ptr());
   args.index = index;
   args.layer = layer;
-  args.tokens = lgvit::as_rows(tokens);
   if (into) {
-    args.into = lgvit::as_rows(*into);
-    lgvit::match_width(args.tokens, args.into);
+    std::tie(args.tokens, args.into) = lgvit::as_rows_alike(tokens, *into);
+  } else {
+    args.tokens = lgvit::as_rows(tokens);
   }
   args.state = lgvit::as_rows(state);
   for (size_t i = 0; i < counts.size(); ++i) args.counts[i] = counts[i].mutable_data_ptr<int64_t>();

@@ -46,26 +46,29 @@ __device__ void write_answers(const EndExitArgs& args, int entering) {
       case 16: copy_row<uint4>(from, to, args.logits.units); break;
       case 8: copy_row<uint2>(from, to, args.logits.units); break;
       case 4: copy_row<uint32_t>(from, to, args.logits.units); break;
-      default: copy_row<uint16_t>(from, to, args.logits.units);
+      case 2: copy_row<uint16_t>(from, to, args.logits.units); break;
+      default: copy_row<uint8_t>(from, to, args.logits.units);
     }
   }
 }
 
-// Whether this block is the last of the grid to come here. Resets the counter for the next launch.
+// Whether this block is the last of the grid to come here: all that the others did before is then over.
+// Leaves the counter at zero for the next launch.
 __device__ bool last_to_finish(uint32_t* finished) {
   __shared__ bool last;
-  __threadfence();  // what this block wrote is visible before it counts as finished
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(finished, 1u) == gridDim.x - 1;
-    if (last) *finished = 0;
+    __threadfence();  // what this block read and wrote comes before it counts as finished,
+    last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();  // and what the others did before anything the last one does next
   }
   __syncthreads();
   return last;
 }
 
 template <bool kInto>
-__global__ void __launch_bounds__(kThreads) end_exit_kernel(const __grid_constant__ EndExitArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    end_exit_kernel(const __grid_constant__ EndExitArgs args) {
   __shared__ Plan plan;
   __shared__ uint16_t order[kInto ? kMaxRows : 1];
   const int entering =

@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "../rows.h"
 #include "rows.h"
@@ -36,25 +38,20 @@ inline void check_count_reachable(const Tensor& count, const Tensor& like) {
                     device_text(count));
 }
 
-// The widest access that fits a tensor's address, row stride and row length.
-inline Rows as_rows(const Tensor& tensor) {
+// A tensor's rows in accesses of at most `widest` bytes.
+inline Rows as_rows(const Tensor& tensor, uint32_t widest = 16) {
   const RowBytes rows = row_bytes(tensor);
-  const uint64_t bits = reinterpret_cast<uint64_t>(rows.data) | uint64_t(rows.stride) |
-                        uint64_t(rows.bytes) | 16;
-  const uint64_t width = bits & (~bits + 1);  // the lowest bit set in any: a power of two <= 16
-  const uint64_t units = uint64_t(rows.bytes) / width;
-  LGVIT_CHECK_VALUE(units <= uint64_t(std::numeric_limits<int32_t>::max()), "a row of ", rows.bytes,
-                    " bytes is too long");
-  return {rows.data, rows.stride, uint32_t(units), uint32_t(width)};
+  const uint32_t width = std::min(widest, access_width(rows.data, rows.stride, rows.bytes));
+  const int64_t units = rows.bytes / width;
+  LGVIT_CHECK_VALUE(units <= std::numeric_limits<int32_t>::max(), "a row of ", rows.bytes,
+                    " bytes is too long, ", width, " at a time");
+  return {rows.data, rows.stride, uint32_t(units), width};
 }
 
-// The same access for two tensors whose rows have the same length.
-inline void match_width(Rows& one, Rows& other) {
-  const uint32_t width = one.width < other.width ? one.width : other.width;
-  for (Rows* rows : {&one, &other}) {
-    rows->units *= rows->width / width;
-    rows->width = width;
-  }
+// Two tensors whose rows have the same length, in the same accesses.
+inline std::pair<Rows, Rows> as_rows_alike(const Tensor& one, const Tensor& other) {
+  const uint32_t width = std::min(as_rows(one).width, as_rows(other).width);
+  return {as_rows(one, width), as_rows(other, width)};
 }
 
 // The device of a tensor, made current, and its current stream.
