@@ -241,7 +241,8 @@ def exported(
     dense: dict[tuple[str, str], str] = {}
     early: dict[str, str] = {}
     failed = []
-    needed = dict.fromkeys(map(_needs, filter(lambda way: way.runtime, chosen)))
+    loading = [way for way in chosen if way.runtime and (way.dense or way.exported)]
+    needed = dict.fromkeys(map(_needs, loading))
     for precision, runtime in needed:
         path = folder / (
             "-".join(("dense", precision, runtime)) if runtime else f"exits-{precision}"
@@ -265,9 +266,7 @@ def exported(
         except Exception as error:  # exporters raise anything
             reason = f"{type(error).__name__}: " + " ".join(f"{error}".split())[:300]
             failed += [
-                LeftOut(way.name, reason)
-                for way in chosen
-                if way.runtime and _needs(way) == (precision, runtime)
+                LeftOut(way.name, reason) for way in loading if _needs(way) == (precision, runtime)
             ]
     return dense, early, failed
 

@@ -57,6 +57,11 @@ class Way:
         """Whether every image runs to the end, without exit heads."""
         return self.name == self.like
 
+    @property
+    def exported(self) -> bool:
+        """Whether it runs what `lgvit_fast.export` wrote."""
+        return bool(self.runtime) and not self.dense and not self.name.startswith(PLANNED)
+
 
 class LeftOut(NamedTuple):
     """A way that cannot be measured, and why."""
@@ -73,7 +78,7 @@ class Subject:
         model: folder of a saved `LGViT`.
         device: "cpu", "cuda", ...; of the ways in PyTorch.
         dtype: of the ways in PyTorch.
-        exits: blocks after which "engine, planned exits" asks.
+        exits: blocks after which the ways with planned exits ask.
         dense: graphs of the backbone alone, by precision and runtime.
         exported: folders of `lgvit_fast.export`, by precision.
     """
@@ -103,7 +108,7 @@ def ways(
         device: of the ways in PyTorch.
         dtype: likewise.
         compiled: with `torch.compile`.
-        planned: with an engine that asks only the exits of a plan.
+        planned: with engines that ask only the exits of a plan.
         precisions: of the runtimes.
     """
     on_gpu = torch.device(device).type == "cuda"
@@ -135,6 +140,8 @@ def ways(
                 dense = f"dense, {name}"
                 found.append(Way(dense, dense, precision, runtime))
                 found.append(Way(f"deployed, {name}", dense, precision, runtime))
+                if planned and precision == "float32":
+                    found.append(Way(f"{PLANNED}, {name}", dense, precision, runtime))
             else:
                 left_out.append(LeftOut(name, reason))
     return found, left_out
@@ -147,6 +154,9 @@ def start_of(way: Way, subject: Subject, batch_size: int) -> Start:
         if way.dense:
             run = load_dense(subject.dense[way.precision, way.runtime], way.runtime, threads)
             return _in_batches(lambda images, _: run(images.numpy()))
+        if not way.exported:
+            planned = LGViT.from_pretrained(subject.model).eval()
+            return _in_batches(Engine(planned, batch_size, way.runtime, exits=subject.exits))
         deployed = Deployed(subject.exported[way.precision], way.runtime, threads)
         return _in_batches(lambda images, policy: deployed(images.numpy(), policy))
     model = LGViT.from_pretrained(subject.model).to(subject.device, subject.dtype).eval()

@@ -9,6 +9,7 @@ import lgvit_fast
 from lgvit_fast.bench import ways as module
 from lgvit_fast.bench.model import exported
 from lgvit_fast.bench.ways import Subject, Way, in_torch, start_of, ways
+from lgvit_fast.runtimes.loaders import RUNTIMES
 from tests.helpers import images, tiny_model
 
 SCRIPT = lgvit_fast.Replay([0, 0, 1, 2, 0])
@@ -51,6 +52,18 @@ def test_planned_exits_are_asked_alone(subject):
     _, given = subject
     assert module.PLANNED in [way.name for way in ways("cpu", planned=True)[0]]
     (found,) = answers(Way(module.PLANNED, module.DENSE), given, 5)
+    assert set(found.exit_layer.tolist()) <= {3, 6}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_planned_exits_on_a_runtime(subject, runtime):
+    pytest.importorskip(runtime)
+    pytest.importorskip("onnxscript")
+    _, given = subject
+    name = f"{module.PLANNED}, {module.TITLES[runtime]}"
+    (way,) = [way for way in ways("cpu", planned=True)[0] if way.name == name]
+    assert not way.exported
+    (found,) = answers(way, given, 5)
     assert set(found.exit_layer.tolist()) <= {3, 6}
 
 
