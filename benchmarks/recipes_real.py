@@ -21,6 +21,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class Images:
         return Images(self.pixels[places.numpy()], self.targets[places], self.class_names, seed)
 
 
+@cache
 def decode(tar: Path, size: int, count: int, cache: Path) -> Images:
     """`count` images of a tar of class folders, chosen at random, resized once; kept in a cache."""
     dataset = open_dataset(str(tar))
@@ -160,13 +162,18 @@ def warm_start(model: lgvit_fast.LGViT, images: Images) -> None:
     for hook in hooks:
         hook.remove()
     for place, head in enumerate(model.exit_heads):
-        vectors = torch.cat(read[place])
-        mean, centred = vectors.mean(0), vectors - vectors.mean(0)
-        moments = centred.T @ centred
-        moments.diagonal().add_(0.01 * moments.diagonal().mean())
-        weight = torch.linalg.solve(moments, centred.T @ (final - final.mean(0))).T
+        weight, bias = least_squares(torch.cat(read[place]), final)
         head.classifiers[0].weight.copy_(weight)
-        head.classifiers[0].bias.copy_(final.mean(0) - weight @ mean)
+        head.classifiers[0].bias.copy_(bias)
+
+
+def least_squares(vectors: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight `[K, D]` and bias `[K]` from vectors `[n, D]` to `[n, K]`, with a ridge of 1 %."""
+    mean, centred = vectors.mean(0), vectors - vectors.mean(0)
+    moments = centred.T @ centred
+    moments.diagonal().add_(0.01 * moments.diagonal().mean())
+    weight = torch.linalg.solve(moments, centred.T @ (wanted - wanted.mean(0))).T
+    return weight, wanted.mean(0) - weight @ mean
 
 
 def plain_start(perception: nn.Module) -> None:
@@ -203,7 +210,7 @@ class Training:
     recipe: str
     alpha: float = 0.3
     exits: tuple[int, ...] | None = None
-    heads: str | None = None
+    heads: str | tuple[str, ...] | None = None
     strategy: str | None = None
     second: float = 1 / 3
     lr: float = 3e-4
@@ -220,7 +227,11 @@ TRAININGS = {
     "dense": Training("dense"),  # the backbone alone
 }
 MAIN = tuple(TRAININGS)
+LOCAL_LINEAR = ("lph_full",) * 2 + ("lph_light",) * 2 + ("linear",) * 4
 TRAININGS |= {
+    "self_distillation_local_linear": Training("self_distillation", heads=LOCAL_LINEAR),
+    "self_distillation_linear": Training("self_distillation", heads="linear"),
+    "no_second_stage": Training("lgvit", second=0.0),
     "lgvit_cold": Training("lgvit", warm=False),
     "self_distillation_cold": Training("self_distillation", warm=False),
     "labels_only": Training("self_distillation", alpha=0.0),
@@ -303,7 +314,7 @@ def stage0(
     """The dense model for a data set: ImageNet weights, its classifier replaced, all fine-tuned once.
 
     The 200 classes of Tiny-ImageNet are ImageNet's, whose rows of the classifier they begin with; for
-    CIFAR-10 the classifier begins at zero.
+    CIFAR-10 it begins as a linear probe of the pretrained features.
     """
     classes = len(pool.class_names)
     model = timm.create_model(MODEL, num_classes=classes, img_size=size)
@@ -322,9 +333,25 @@ def stage0(
     state["head.weight"], state["head.bias"] = rows
     model.load_state_dict(state)
     drawn = torch.randperm(len(pool), generator=generator("stage 0"))[:count]
+    if name != "tiny_imagenet":
+        probe(model.eval(), pool.part(drawn[:2048], None))
     fine_tune(model, pool.part(drawn, seed=0), lr, batch_size=64, seed=0)
     save_file(model.state_dict(), file)
     return model
+
+
+@torch.no_grad()
+def probe(model: nn.Module, images: Images) -> None:
+    """Make the classifier the least-squares map from the pretrained features to the classes."""
+    features = [
+        model.forward_head(model.forward_features(batch.images), pre_logits=True)
+        for batch in in_order(images)
+    ]
+    classes = F.one_hot(images.targets, len(images.class_names)).double()
+    weight, bias = least_squares(torch.cat(features).double(), classes)
+    sharpness = 8.0  # from shares of 0 and 1 to logits
+    model.head.weight.copy_(sharpness * weight)
+    model.head.bias.copy_(sharpness * bias)
 
 
 def fine_tune(model: nn.Module, images: Images, lr: float, batch_size: int, seed: int) -> None:
@@ -426,7 +453,7 @@ def one(
 ) -> dict[str, Any]:
     """One recipe on one data set with one seed; what it cost and how good it is."""
     whole = decode(args.data / name / "train.tar", args.size, POOL, args.runs)
-    pool = whole.part(torch.arange(len(whole) - HELD_OUT), None)
+    pool = Images(whole.pixels[:-HELD_OUT], whole.targets[:-HELD_OUT], whole.class_names)
     backbone = stage0(
         name, args.weights, args.data, pool, args.size, args.stage0_images, args.stage0_lr,
         args.runs / f"{name}-stage0.safetensors",

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import lgvit_fast
-from benchmarks.recipes_real import MODEL, load_recording
+from benchmarks.recipes_real import LOCAL_LINEAR, MODEL, load_recording
 from lgvit_fast.evaluation import Recording
 from lgvit_fast.evaluation.families import family
 from lgvit_fast.heads import ExitSpec
@@ -175,7 +175,14 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 # ------------------------------------------------------------------------------------ report
 
 
-def measured_costs(classes: int, size: int, heads: str, batch_size: int) -> dict[str, Any]:
+def layout_name(heads: str | Sequence[str]) -> str:
+    """The heads of all exits as one string."""
+    return heads if isinstance(heads, str) else " ".join(heads)
+
+
+def measured_costs(
+    classes: int, size: int, heads: str | Sequence[str], batch_size: int
+) -> dict[str, Any]:
     """Seconds of the parts of an engine with these heads, and of a dense one, at a batch size."""
     torch.manual_seed(0)
     model = lgvit_fast.create_model(MODEL, num_classes=classes, img_size=size, heads=heads).eval()
@@ -188,7 +195,7 @@ def measured_costs(classes: int, size: int, heads: str, batch_size: int) -> dict
 
 
 def cost_functions(
-    recording: Recording, heads: str, size: int, clock: dict[str, Any] | None
+    recording: Recording, heads: str | Sequence[str], size: int, clock: dict[str, Any] | None
 ) -> dict[str, tuple[Cost, float]]:
     """By `layers`, `multiply_adds` and `clock`: cost of a histogram, and of the dense model."""
     layers = np.asarray(recording.layers, dtype=float)
@@ -217,8 +224,11 @@ def tables(report: dict[str, Any], runs: Path, size: int) -> dict[str, Any]:
     """For each set, recipe and cost: accuracy in % at each ratio, and the difference to LGViT's."""
     result: dict[str, Any] = {}
     names: dict[tuple[str, str], list[int]] = {}
+    layouts: dict[str, Any] = {}
     for run in report["runs"]:
         names.setdefault((run["set"], run["training"]), []).append(run["seed"])
+        base = RECIPES.get(run["settings"]["recipe"], RECIPES["lgvit"])
+        layouts[run["training"]] = run["settings"]["heads"] or base.heads
     for (images, training), seeds in names.items():
         for recipe in (training, "pcee") if training == "pabee" else (training,):
             rows = result.setdefault(images, {})
@@ -238,8 +248,9 @@ def tables(report: dict[str, Any], runs: Path, size: int) -> dict[str, Any]:
                     strict=True,
                 )
             )
-            clock = report.get("costs", {}).get(images, {}).get(base.heads)
-            costs = cost_functions(recordings[0], base.heads, size, clock)
+            heads = layouts[training]
+            clock = report.get("costs", {}).get(images, {}).get(layout_name(heads))
+            costs = cost_functions(recordings[0], heads, size, clock)
             steps = (*RATIOS, *np.arange(1.1, 3.0, 0.1).round(1).tolist())
             for axis, (cost, dense) in costs.items():
                 found = [halves(recording, kind, steps, cost, dense) for recording in recordings]
@@ -381,8 +392,8 @@ def main() -> None:
     if args.time:
         report["costs"] = {
             images: {
-                heads: measured_costs(classes, args.size, heads, args.batch_size)
-                for heads in ("lgvit", "linear", "vit_ee")
+                layout_name(heads): measured_costs(classes, args.size, heads, args.batch_size)
+                for heads in ("lgvit", "linear", "vit_ee", LOCAL_LINEAR)
             }
             for images, classes in (("cifar10", 10), ("tiny_imagenet", 200))
         }
