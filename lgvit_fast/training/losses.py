@@ -18,7 +18,14 @@ from torch import Tensor
 from lgvit_fast.heads.layout import ExitSpec
 from lgvit_fast.ops.gah import pool_grid
 
-Strategy = Literal["normal", "weighted", "alternating", "alternating_weighted", "distillation"]
+Strategy = Literal[
+    "normal",
+    "weighted",
+    "alternating",
+    "alternating_weighted",
+    "distillation",
+    "self_distillation",
+]
 Distance = Callable[[Tensor, Tensor], Tensor]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -46,9 +53,12 @@ def stage1_loss(
         strategy: `normal` is the mean over all classifiers; `weighted` weighs each by its layer;
             the `alternating` ones train the final classifier alone on even updates and everything
             (`normal` or `weighted`) on odd ones; `distillation` is
-            `(1 - alpha) normal + alpha mean(exit_kd)`.
+            `(1 - alpha) normal + alpha mean(exit_kd)`; `self_distillation` is
+            `final_ce + mean((1 - alpha) exit_ce + alpha exit_kd)`: every update trains every
+            classifier, and the final one counts as much as all exits together.
         update: number of optimizer updates done so far in this stage (the alternation counter).
-        exit_kd: distillation loss of each exit, needed by `distillation` only.
+        exit_kd: distillation loss of each exit, needed by `distillation` and, not divided by K, by
+            `self_distillation`.
         alpha: weight of the distillation term.
 
     Returns:
@@ -65,11 +75,14 @@ def stage1_loss(
         weighted = sum((layer * ce for layer, ce in zip(layers, exit_ce, strict=True)), 0.0)
         return (weighted + num_blocks * final_ce) / (sum(layers) + num_blocks)
     mean = (sum(exit_ce, 0.0) + final_ce) / (len(exit_ce) + 1)
-    if strategy != "distillation":
+    if not strategy.endswith("distillation"):
         return mean
     if exit_kd is None:
-        raise ValueError("the distillation strategy needs exit_kd")
-    return (1 - alpha) * mean + alpha * sum(exit_kd, 0.0) / len(exit_kd)
+        raise ValueError(f"the {strategy} strategy needs exit_kd")
+    mean_kd = sum(exit_kd, 0.0) / len(exit_kd)
+    if strategy == "self_distillation":
+        return final_ce + (1 - alpha) * sum(exit_ce, 0.0) / len(exit_ce) + alpha * mean_kd
+    return (1 - alpha) * mean + alpha * mean_kd
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

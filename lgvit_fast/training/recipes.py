@@ -81,4 +81,11 @@ RECIPES = {
         stages="both",
         policy=Confidence(),
     ),
+    "self_distillation": Recipe(
+        "of this project, after Phuong and Lampert, ICCV 2019, and Zhang et al., ICCV 2019",
+        heads="lgvit",
+        strategy="self_distillation",
+        stages="1",
+        policy=Confidence(),
+    ),
 }

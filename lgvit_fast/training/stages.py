@@ -41,8 +41,10 @@ class Stage1(nn.Module):
         exit_ce = [cross_entropy(logits, targets, self.label_smoothing) for logits in outputs.exits]
         final_ce = cross_entropy(outputs.final, targets, self.label_smoothing)
         exit_kd = None
-        if self.config.strategy == "distillation":
+        if self.config.strategy.endswith("distillation"):
             exit_kd = [distillation(logits, outputs.final.detach()) for logits in outputs.exits]
+        if self.config.strategy == "self_distillation" and exit_kd is not None:
+            exit_kd = [kd * self.model.num_classes for kd in exit_kd]
         loss = stage1_loss(
             exit_ce,
             final_ce,

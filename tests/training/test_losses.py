@@ -35,6 +35,8 @@ WEIGHTED = (2 * 2 + 5 * 3 + 8 * 1) / (2 + 5 + 8)
         ("alternating_weighted", 0, 1.0),
         ("alternating_weighted", 3, WEIGHTED),
         ("distillation", 0, 0.7 * 2.0 + 0.3 * 1.0),
+        ("self_distillation", 0, 1.0 + 0.7 * 2.5 + 0.3 * 1.0),
+        ("self_distillation", 1, 1.0 + 0.7 * 2.5 + 0.3 * 1.0),
     ],
 )
 def test_stage1_strategies(strategy, update, expected):
@@ -47,9 +49,10 @@ def test_unknown_strategy_is_named():
         stage1_loss(EXIT_CE, FINAL_CE, LAYERS, 8, "sometimes")
 
 
-def test_distillation_strategy_needs_its_losses():
-    with pytest.raises(ValueError, match="exit_kd"):
-        stage1_loss(EXIT_CE, FINAL_CE, LAYERS, 8, "distillation")
+@pytest.mark.parametrize("strategy", ["distillation", "self_distillation"])
+def test_distillation_strategies_need_their_losses(strategy):
+    with pytest.raises(ValueError, match=f"the {strategy} strategy needs exit_kd"):
+        stage1_loss(EXIT_CE, FINAL_CE, LAYERS, 8, strategy)
 
 
 def test_probability_targets_equal_class_targets():

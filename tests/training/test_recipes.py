@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import lgvit_fast
 from lgvit_fast.cli import main
 from lgvit_fast.training import Stage1Config, TrainConfig, train
 from lgvit_fast.training.recipes import RECIPES
+from lgvit_fast.training.stages import Stage1
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -26,6 +28,31 @@ def test_each_method_trains_and_answers(name, small_config):
     got = lgvit_fast.Engine(model)(batch)
     assert got.exit_index.tolist() == expected.exit_index.tolist()
     torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_self_distillation_weighs_whole_divergences_and_spares_the_teacher():
+    torch.manual_seed(0)
+    model = lgvit_fast.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, depth=3, embed_dim=16, num_heads=2,
+        num_classes=50, exits=[1, 2], heads="linear",
+    ).eval()  # fmt: skip
+    images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 49])
+    config = Stage1Config(strategy="self_distillation", alpha=0.4)
+    loss, _ = Stage1(model, config)(images, targets, update=0)
+
+    outputs = model.forward_exits(images)
+    teacher = torch.softmax(outputs.final.detach() / 2, -1)
+    expected = F.cross_entropy(outputs.final, targets)
+    for logits in outputs.exits:
+        divergence = F.kl_div(torch.log_softmax(logits / 2, -1), teacher, reduction="batchmean")
+        expected = expected + (0.6 * F.cross_entropy(logits, targets) + 0.4 * 4 * divergence) / 2
+    torch.testing.assert_close(loss, expected)
+
+    got = torch.autograd.grad(loss, model.backbone.head.weight)[0]
+    wanted = torch.autograd.grad(
+        F.cross_entropy(outputs.final, targets), model.backbone.head.weight
+    )
+    torch.testing.assert_close(got, wanted[0])
 
 
 def test_stage2_without_local_and_global_heads(small_config):
