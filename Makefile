@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help install demo test test-fast test-avx2 stress sanitize lint docs smoke-oldest bench gpu-check clean
+.PHONY: help install demo test test-fast test-avx2 stress sanitize lint docs smoke-oldest bench gpu-check gpu-test gpu-memcheck clean
 
 help:
 	@echo "make demo       train on real scans, exit early, and see what was gained (docs: README.md)"
@@ -20,7 +20,10 @@ help:
 	@echo "make docs       these pages and the API reference as a site, in site/"
 	@echo "make smoke-oldest  a slice of the suite on the oldest supported torch and timm, and Python 3.12"
 	@echo "make bench      benchmarks of heads, compaction and model on this machine"
-	@echo "make gpu-check  build for this GPU, run its tests and benchmarks, write one json"
+	@echo "make gpu-check  measure what only a GPU can show, against floors and targets, into one json"
+	@echo "make gpu-test   the kernels', operators' and engine's tests on the GPU"
+	@echo "make gpu-memcheck  every kernel under compute-sanitizer"
+	@echo "                (all three: with the torch of PYTHON, nothing is downloaded)"
 
 install: $(STAMP)
 
@@ -75,8 +78,23 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest --benchmark-only --benchmark-columns=median,iqr,rounds
 
-gpu-check: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu_check
+# On a GPU's machine with its own torch, where there may be no network: PYTHON instead of .venv, built
+# for this GPU alone and without the kernels of the CPU. GPU_CHECK="--seconds 900 --out FILE" passes options.
+GPU_STAMP := build/.gpu-installed
+$(GPU_STAMP): pyproject.toml setup.py $(NATIVE)
+	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" && \
+		export TORCH_CUDA_ARCH_LIST && LGVIT_BUILD=cuda-only $(PYTHON) -m pip install --quiet --no-index --no-deps \
+		--no-build-isolation --disable-pip-version-check --editable .
+	mkdir -p $(@D) && touch $@
+
+gpu-check: $(GPU_STAMP)
+	$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK)
+
+gpu-test: $(GPU_STAMP)
+	$(PYTHON) -m pytest -q -m gpu tests/kernels tests/ops tests/inference
+
+gpu-memcheck: $(GPU_STAMP)
+	$(PYTHON) -m benchmarks.gpu_check.memcheck
 
 clean:
 	rm -rf build dist site *.egg-info $(VENV) .venv-oldest

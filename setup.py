@@ -5,6 +5,7 @@ LGVIT_BUILD chooses what to compile:
           (with or without a GPU in this machine); the default
     cpu   C++ only
     cuda  C++ and CUDA; an error if that is not possible
+    cuda-only  CUDA without the CPU's kernels, which take most of the time (`make gpu-check`)
     none  nothing: everything then runs on plain torch and Triton
 
 LGVIT_SANITIZE names sanitizers of the compiler to build with, as "address,undefined" (`make sanitize`).
@@ -44,8 +45,8 @@ CPU_FLAGS = {
 def build_mode() -> str:
     """The value of LGVIT_BUILD."""
     mode = os.environ.get("LGVIT_BUILD", "auto")
-    if mode not in ("auto", "cpu", "cuda", "none"):
-        raise SystemExit(f"LGVIT_BUILD must be auto, cpu, cuda or none; got {mode!r}")
+    if mode not in ("auto", "cpu", "cuda", "cuda-only", "none"):
+        raise SystemExit(f"LGVIT_BUILD must be auto, cpu, cuda, cuda-only or none; got {mode!r}")
     return mode
 
 
@@ -93,8 +94,8 @@ def find_cuda(mode: str) -> str | None:
             os.environ["CUDA_HOME"] = str(home)  # torch.utils.cpp_extension reads it when imported
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_archs(home))
             return version
-    if mode == "cuda":
-        raise SystemExit(f"LGVIT_BUILD=cuda: {problem}")
+    if mode in ("cuda", "cuda-only"):
+        raise SystemExit(f"LGVIT_BUILD={mode}: {problem}")
     print(f"lgvit_fast: compiling without CUDA: {problem}")
     return None
 
@@ -189,6 +190,8 @@ def extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
     ]
     x86 = platform.machine() in ("x86_64", "AMD64")
     names = ("avx2", "avx512") if x86 else ("default",)
+    if mode == "cuda-only":
+        names = ()
     for name in names[:1] if sanitizers else names:
         capability = name.upper()
         modules.append(

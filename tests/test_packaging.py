@@ -326,13 +326,30 @@ def test_cuda_needs_torch_and_nvcc_of_one_major(setup_script, toolkit, monkeypat
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert setup_script.find_cuda("auto") == (None if reason else "13.0")
     assert setup_script.find_cuda("cpu") is None
-    if reason:
-        with pytest.raises(SystemExit, match=reason):
-            setup_script.find_cuda("cuda")
+    for mode in ("cuda", "cuda-only") if reason else ():
+        with pytest.raises(SystemExit, match=f"LGVIT_BUILD={mode}: .*{reason}"):
+            setup_script.find_cuda(mode)
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+@pytest.mark.parametrize(("mode", "cpu"), [("cuda", True), ("cuda-only", False)])
+def test_cuda_alone_leaves_out_the_kernels_of_the_cpu(
+    setup_script, toolkit, monkeypatch, mode, cpu
+):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.delenv("LGVIT_SANITIZE", raising=False)
+    monkeypatch.chdir(ROOT)
+    modules, _ = setup_script.extensions(mode)
+    names = {module.name.removeprefix("lgvit_fast.") for module in modules}
+    assert {"_build", "_C", "_dispatch"} <= names
+    assert any(name.startswith("_cpu_") for name in names) == cpu
+    library = next(module for module in modules if module.name == "lgvit_fast._C")
+    assert any(source.endswith("compact_kernel.cu") for source in library.sources)
 
 
 def test_unknown_build_mode(setup_script, monkeypatch):
     monkeypatch.setenv("LGVIT_BUILD", "gpu")
-    with pytest.raises(SystemExit, match="must be auto, cpu, cuda or none; got 'gpu'"):
+    with pytest.raises(SystemExit, match="must be auto, cpu, cuda, cuda-only or none; got 'gpu'"):
         setup_script.build_mode()

@@ -28,7 +28,7 @@ from lgvit_fast.heads import ExitHead, ExitSpec
 from lgvit_fast.machine import machine
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 
-__all__ = ["HEADS", "Row", "bench_heads", "calls", "configure", "markdown", "run"]
+__all__ = ["HEADS", "Row", "bench_heads", "calls", "configure", "exit_head", "markdown", "run"]
 
 HEADS = ("lph_full", "lph_light", "gah_2", "gah_3")  # each twice: the eight exits of ViT-B
 WIDTH, GRID, CLASSES = 768, (14, 14), 100  # ViT-B/16 at 224 pixels
@@ -64,6 +64,24 @@ class Row:
     error: float
 
 
+def exit_head(
+    head: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int = WIDTH,
+    num_classes: int = CLASSES,
+) -> ExitHead:
+    """An exit with one class token, in eval mode and prepared; its BatchNorms are no identities."""
+    made = ExitHead(ExitSpec(1, head), width, num_classes, 1, 1).to(device, dtype).eval()
+    for module in made.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    made.prepare(dtype)
+    return made
+
+
 def calls(
     head: str, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], torch.Tensor]]:
@@ -71,27 +89,21 @@ def calls(
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randn(batch_size, 1 + GRID[0] * GRID[1], WIDTH, generator=draw)
     tokens = tokens.to(device, dtype)
-    exit_head = ExitHead(ExitSpec(1, head), WIDTH, CLASSES, 1, 1).to(device, dtype).eval()
-    for module in exit_head.modules():
-        if isinstance(module, torch.nn.BatchNorm1d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 2.0)
-    exit_head.prepare(dtype)
+    measured = exit_head(head, dtype, device)
     state = torch.zeros(batch_size, 2, dtype=torch.int32, device=device)
 
     def step(backend: str) -> torch.Tensor:
         with ops.backend(backend):
-            return exit_head.step(tokens, GRID, _RULE, state).logits
+            return measured.step(tokens, GRID, _RULE, state).logits
 
     def exact() -> torch.Tensor:
-        exit_head.double()
-        logits: torch.Tensor = exit_head(tokens.double(), GRID)[0]
-        exit_head.to(dtype)
+        measured.double()
+        logits: torch.Tensor = measured(tokens.double(), GRID)[0]
+        measured.to(dtype)
         return logits
 
     return {
-        "plain": lambda: exit_head(tokens, GRID)[0],
+        "plain": lambda: measured(tokens, GRID)[0],
         "torch": lambda: step("torch"),
         "fused": lambda: step("auto"),
         "float64": exact,

@@ -5,18 +5,19 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.ops.attention import attention, attention_reference
+from tests.kernels.device import generator
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(shape, generator=generator(0)).to(dtype)
 
 
 def check(inputs: Tensor, num_heads: int) -> None:
     qkv = inputs.detach().requires_grad_()
     out = attention(qkv, num_heads, backend="triton")
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    gradient = torch.randn(out.shape, generator=generator(1)).to(out.dtype)
     exact = inputs.detach().double().requires_grad_()
     plain = attention_reference(exact, num_heads)
     pairs = [(out, plain)]

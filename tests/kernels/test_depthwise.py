@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.ops.depthwise import depthwise_gelu, depthwise_gelu_reference
+from tests.kernels.device import generator
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def make(batch: int, grid: tuple[int, int], width: int, dtype: torch.dtype) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     shapes = ((batch, grid[0] * grid[1], width), (width, 3, 3), (width,))
     tokens, weight, bias = (torch.randn(*shape, generator=g) for shape in shapes)
     vectors = torch.promote_types(dtype, torch.float32)
@@ -20,7 +21,7 @@ def make(batch: int, grid: tuple[int, int], width: int, dtype: torch.dtype) -> l
 def check(inputs: list[Tensor], grid: tuple[int, int]) -> None:
     tokens, weight, bias = (x.detach().requires_grad_() for x in inputs)
     out = depthwise_gelu(tokens, grid, weight, bias, backend="triton")
-    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    gradient = torch.randn(out.shape, generator=generator(1)).to(out.dtype)
     found = (out, *torch.autograd.grad(out, (tokens, weight, bias), gradient))
     exact = [x.detach().double().requires_grad_() for x in inputs]
     plain = depthwise_gelu_reference(exact[0], grid, exact[1], exact[2])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lgvit_fast.kernels import exit_step as kernel
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind, exit_step, exit_step_reference
+from tests.kernels.device import generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RULES = {
@@ -23,7 +24,7 @@ rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def make(
     batch: int, vectors: int, class_tokens: int, width: int, classes: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(batch + classes)
+    g = generator(batch + classes)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
@@ -195,4 +196,4 @@ def test_operator_registration() -> None:
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     arguments = make(3, 1, 1, 64, 10, torch.float32)
     with pytest.raises(ValueError, match=message):
-        kernel.exit_step(**(arguments | {"rule": (0, 0.0, 0), "state": fresh(3)} | change))
+        kernel.exit_step(**(arguments | {"rule": (0, 0.0, 0), "state": fresh(3)} | moved(change)))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lgvit_fast.ops.gah import gah_pool, gah_pool_reference
+from tests.kernels.device import generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -14,7 +15,7 @@ ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def make(
     batch: int, grid: tuple[int, int], prefix: int, width: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
     tokens = torch.randn(batch, prefix + grid[0] * grid[1], width, generator=g).to(dtype)
     weight = (1.5 * torch.randn(3 * width, width, generator=g) / width**0.5).to(dtype)
     return tokens, weight
@@ -130,7 +131,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     tokens, weight = make(1, (4, 4), 1, 64)
     arguments = {"patch_grid": (4, 4), "num_prefix_tokens": 1, "qkv_weight": weight, "num_heads": 8}
     with pytest.raises(ValueError, match=message):
-        launch(tokens, **(arguments | {"stride": 2, "pool": "subsample"} | change))
+        launch(tokens, **(arguments | {"stride": 2, "pool": "subsample"} | moved(change)))
 
 
 def test_refusals() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lgvit_fast import ops
 from lgvit_fast.ops.lph import LPHWeights, lph_pool, lph_pool_reference
+from tests.kernels.device import generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -15,7 +16,7 @@ ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def make(
     batch: int, grid: tuple[int, int], prefix: int, width: int, full: bool, dtype: torch.dtype
 ) -> tuple[Tensor, LPHWeights]:
-    g = torch.Generator().manual_seed(0)
+    g = generator(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
@@ -135,7 +136,7 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     tokens, weights = make(2, (4, 4), 1, 64, True, torch.float32)
     arguments = {"tokens": tokens, "patch_grid": (4, 4), "num_prefix_tokens": 1}
     with pytest.raises(ValueError, match=message):
-        launch(**(arguments | weights._asdict() | change))
+        launch(**(arguments | weights._asdict() | moved(change)))
 
 
 def test_refusals() -> None:
