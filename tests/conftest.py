@@ -6,6 +6,7 @@ import torch
 # What `make test-fast` leaves out: whole files, classes or functions, by the processor time they took.
 SLOW = (
     "tests/backbones/test_families.py",
+    "tests/benchmarks/test_gpu_check.py::TestRehearsal",
     "tests/checkpoints/test_published.py::TestRoundTrip",
     "tests/checkpoints/test_published.py::test_exits_match_exactly",
     "tests/inference/test_engine.py::test_a_change_of_the_model_is_followed",

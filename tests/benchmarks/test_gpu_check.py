@@ -165,6 +165,25 @@ def test_order():
     ]
 
 
+class TestMemcheck:
+    def test_runs_the_calls_under_the_tool_without_cached_memory(self, tmp_path, monkeypatch):
+        tool, told = tmp_path / "bin" / "compute-sanitizer", tmp_path / "told"
+        tool.parent.mkdir()
+        tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" > {told}\nexit 7\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        assert memcheck.main([]) == 7
+        said = told.read_text()
+        assert said.startswith("1 --tool memcheck --error-exitcode 7 ")
+        assert said.endswith(" -m benchmarks.gpu_check.memcheck --calls\n")
+
+    def test_says_so_without_the_tool(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert memcheck.main([]) == 0
+        assert "nothing checked" in capsys.readouterr().out
+
+
 def value(number, **more):
     return lambda known: Measured(number, **more)
 
@@ -217,30 +236,36 @@ def test_a_row_that_raises_is_a_row_with_its_error(record):
     assert record.count("failed") == 2
 
 
-def test_the_json_is_whole_when_killed_at_any_row(tmp_path):
+def test_the_json_is_whole_when_killed_at_any_row(record):
+    """A kill within a row leaves the file as that row finds it."""
     names = [f"row {i}" for i in range(5)]
-    for last in range(len(names)):
-        path = tmp_path / f"{last}.json"
-        killed = (
-            "import os, signal; from pathlib import Path\n"
-            "from benchmarks.gpu_check.record import Measured, Record, Row\n"
-            "def kill(known): os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"rows = [Row(f'row {{i}}', 'us', (lambda known: Measured(1.0)) if i < {last} else kill)"
-            " for i in range(5)]\n"
-            f"Record(Path({str(path)!r}), 60, {{}}).run(rows)\n"
-        )
-        pid = os.fork()
-        if pid == 0:
-            try:
-                exec(killed, {})
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status)
-        content = json.loads(path.read_text())
-        assert content["finished"] is False
-        assert [row["name"] for row in content["rows"]] == names[:last]
-    assert list(tmp_path.glob(".*")) == []
+
+    def reading(known):
+        found = read(record)
+        assert found["finished"] is False and found["commit"] == "abc"
+        assert [row["name"] for row in found["rows"]] == names[: len(known)]
+        assert all("seconds" in row for row in found["rows"])
+        return Measured(1.0)
+
+    record.run([Row(name, "us", reading) for name in names])
+    assert [row["status"] for row in record.rows] == ["measured"] * 5
+    assert read(record)["finished"] is True
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_the_json_is_whole_when_killed_as_it_is_written(record, monkeypatch, last):
+    replace, written = os.replace, []
+
+    def killed(*paths):
+        if len(written) == last:
+            raise KeyboardInterrupt
+        written.append(paths)
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record.run([Row(f"row {i}", "us", value(1.0)) for i in range(4)])
+    assert [row["name"] for row in read(record)["rows"]] == [f"row {i}" for i in range(last)]
 
 
 def test_the_budget_stops_the_row_that_runs_and_skips_the_rest(tmp_path):
