@@ -92,14 +92,16 @@ def local_head(full: bool, dtype: torch.dtype) -> None:
 def global_head(grid: int, stride: int, pool: str, dtype: torch.dtype) -> None:
     """ViT-B/16, 256 images."""
     tokens = meta(256, 1 + grid * grid, 768, dtype=dtype)
-    weight = meta(3 * 768, 768, dtype=dtype)
+    weight = meta(2 * 768, 768, dtype=dtype)
     gah.gah_pool(tokens, (grid, grid), 1, weight, 8, stride, pool)
 
 
-def exit_decision(classes: int, dtype: torch.dtype) -> None:
-    """The patience rule, the one with the most state."""
-    pooled, tokens = meta(256, 2, 768, dtype=torch.float32), meta(256, 197, 768, dtype=dtype)
-    weight, bias = meta(classes, 3 * 768, dtype=dtype), meta(classes, dtype=torch.float32)
+def exit_decision(classes: int, dtype: torch.dtype, vectors: int = 2) -> None:
+    """The patience rule, the one with the most state; after a local head, or `vectors` of a global."""
+    pooled = meta(256, vectors, 768, dtype=torch.float32 if vectors == 2 else dtype)
+    tokens = meta(256, 197, 768, dtype=dtype)
+    weight = meta(classes, (vectors + 1) * 768, dtype=dtype)
+    bias = meta(classes, dtype=torch.float32)
     state = meta(256, 2, dtype=torch.int32)
     exit_step.exit_step(pooled, tokens, 1, weight, bias, (3, 0.0, 7), state)
 
@@ -130,6 +132,7 @@ CASES: dict[str, Callable[[], object]] = {
     "576 tokens, bf16": lambda: global_head(24, 1, "subsample", BF16),
     "1000 classes, bf16": lambda: exit_decision(1000, BF16),
     "100 classes, fp32": lambda: exit_decision(100, FP32),
+    "100 classes, 8 vectors, bf16": lambda: exit_decision(100, BF16, 8),
     "training, bf16": lambda: (depthwise_training(BF16), attention_training(49, BF16)),
     "training, fp32": lambda: (depthwise_training(FP32), attention_training(49, FP32)),
 }

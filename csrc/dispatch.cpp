@@ -59,7 +59,7 @@ TORCH_LIBRARY_FRAGMENT(lgvit_fast, m) {
       " Tensor bias, Tensor? scale, Tensor? shift, Tensor? depthwise_weight,"
       " Tensor? depthwise_bias) -> Tensor");
   m.def(
-      "gah_pool_cpp(Tensor tokens, int height, int width, int num_prefix_tokens, Tensor qkv_weight,"
+      "gah_pool_cpp(Tensor tokens, int height, int width, int num_prefix_tokens, Tensor qk_weight,"
       " int num_heads, int stride, bool average) -> Tensor");
   m.def(
       "exit_step_cpp(Tensor pooled, Tensor tokens, int num_class_tokens, Tensor weight,"

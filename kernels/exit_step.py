@@ -35,10 +35,10 @@ class Step(NamedTuple):
 @triton.jit
 def accumulate(
     acc,
-    vector,  # [BLOCK_B] pointers to one vector of each image
+    vector,  # [BLOCK_B] pointers to a vector [C] of each image
     row_mask,
     stride_c,
-    weight,  # [BLOCK_K] pointers to the C columns of the weight that this vector meets
+    weight,  # [BLOCK_K] pointers to the columns of the weight that this vector meets
     col_mask,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -59,7 +59,7 @@ def accumulate(
 
 @triton.jit(do_not_specialize=["B", "patience"])
 def exit_step_kernel(
-    pooled,  # [B, M, C] contiguous float32
+    pooled,  # [B, M, C] contiguous
     tokens,  # [B, P + N, C]; image, token and channel strides below; its first T rows are read
     weight,  # [K, (M + T) * C] contiguous
     bias,  # [K]
@@ -106,11 +106,8 @@ def exit_step_kernel(
     columns = weight + k.to(tl.int64) * ((M + T) * C)
 
     acc = tl.zeros((BLOCK_B, BLOCK_K), dtype=tl.float32)
-    for m in tl.static_range(M):
-        vector = pooled + (row * M + m) * C
-        acc = accumulate(
-            acc, vector, row_mask, 1, columns + m * C, col_mask, C, BLOCK_C, PRECISION
-        )  # fmt: skip
+    vector = pooled + row * (M * C)
+    acc = accumulate(acc, vector, row_mask, 1, columns, col_mask, M * C, BLOCK_C, PRECISION)
     for t in tl.static_range(T):
         vector = tokens + row * stride_b + t * stride_t
         acc = accumulate(
@@ -207,7 +204,7 @@ def exit_step(
     """Logits, softmax statistics and the decision, see `lgvit_fast.ops.exit_step.exit_step`.
 
     Args:
-        pooled: `[B, M, C]` float32.
+        pooled: `[B, M, C]`.
         tokens: `[B, P + N, C]`, any strides.
         num_class_tokens: T, how many of the first tokens are read.
         weight: `[K, (M + T) * C]`, float32, bfloat16 or float16.
@@ -267,7 +264,10 @@ def exit_step(
         return step
     # Small tiles spread a few classes over many multiprocessors; large ones read the images less.
     block_k = min(128, max(16, triton.next_power_of_2(triton.cdiv(classes, 16))))
-    block_c = 32 if weight.dtype == torch.float32 else 64
+    # The walk over the channels is bound by latency: few steps, deep as 96 KiB for three stages allow.
+    # Float32 products are unrolled over a step.
+    deep = 32 if weight.dtype == torch.float32 else min(256, 8192 // block_k)
+    block_c = max(16, min(deep, triton.next_power_of_2(width)))
     tiles = triton.cdiv(classes, block_k)
     blocks = triton.cdiv(batch, 16)
     partial = pooled.new_empty((4, tiles, batch), dtype=torch.float32)

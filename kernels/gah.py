@@ -1,10 +1,12 @@
-"""Global aggregation head, pooled: two launches from tokens to `[B, 1, C]`.
+"""Global aggregation head, pooled: two launches from tokens to `[B, heads, C]`.
 
 The first projects the pooled tokens to queries and keys, `[B, n, 2C]`. The second takes, for each
-image and head, the attention matrix averaged over its queries (one row of n weights), the weighted
-mean of the pooled tokens, and only then the value projection: one vector an image and head instead
-of n. Pooling, subsampled or averaged, happens where tokens are loaded; the pooled grid is not stored.
+image and head, the attention matrix averaged over its queries (one row of n weights), then for many
+heads at once the weighted means of the pooled tokens, one matrix product. Pooling, subsampled or
+averaged, happens where tokens are loaded; the pooled grid is not stored.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -36,7 +38,7 @@ __all__ = ["gah_pool"]
 @triton.jit(do_not_specialize=["rows"])
 def gah_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
-    weight,  # [3C, C] contiguous; rows of q, then of k, are read
+    weight,  # [2C, C] contiguous; rows of q, then of k
     qk,  # [B, n, 2C] contiguous
     rows,  # B * n
     H,
@@ -107,24 +109,33 @@ def row_softmax(s):
     return p / tl.sum(p, axis=1)[:, None]
 
 
+def pool_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
+    """A tile of tokens for each stage must fit.
+
+    Float32 products are unrolled over it: only the smallest share of a thread does not spill.
+    """
+    itemsize = args["x"].element_size()
+    if itemsize == 4 and (config.kwargs["BLOCK_C"] > 64 or config.num_warps < 8):
+        return False
+    return config.num_stages * args["BLOCK_Q"] * config.kwargs["BLOCK_C"] * itemsize <= limit
+
+
 @autotune(
     [
         # ptxas would rather spill than run fewer programs at a time, unless told how far it may go.
-        triton.Config({"BLOCK_C": c}, num_warps=warps, num_stages=2, maxnreg=255)
-        for c, warps in ((64, 8), (64, 4), (128, 4))
+        triton.Config({"BLOCK_C": c}, num_warps=warps, num_stages=stages, maxnreg=255)
+        for c, warps, stages in ((128, 8, 3), (64, 4, 3), (64, 8, 2))
     ],
-    key=["C", "BLOCK_Q", "IMAGES", "R", "AVERAGE", "PRECISION"],
+    key=["C", "BLOCK_Q", "GROUP", "R", "AVERAGE", "PRECISION"],
+    fits=pool_fits,
 )
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def gah_pool_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     qk,  # [B, n, 2C] contiguous, from gah_project_kernel
-    weight,  # [C, C] contiguous: the value rows of the qkv matrix
     column,  # [B, heads, n] float32 scratch: the attention's column means
     lse,  # [B, heads, n] float32 scratch: log2 of each row's sum of exponentials
-    gathered,  # [B, heads, C] scratch in the tokens' dtype: weighted means of the pooled tokens
-    pooled,  # [B, 1, C] contiguous float32
-    B,
+    pooled,  # [B, heads, C] contiguous, the tokens' dtype
     H,
     W,
     scale,  # log2(e) / sqrt(C / heads)
@@ -136,28 +147,28 @@ def gah_pool_kernel(
     R: tl.constexpr,
     AVERAGE: tl.constexpr,
     PRECISION: tl.constexpr,
-    IMAGES: tl.constexpr,  # images a program owns, at most 16: they share one read of the weight
+    GROUP: tl.constexpr,  # heads a program owns, a divisor of HEADS: they share one read of x
+    ROWS: tl.constexpr,  # GROUP, padded
     BLOCK_Q: tl.constexpr,  # tile of queries and of keys
     ONE_TILE: tl.constexpr,  # n <= BLOCK_Q
-    BLOCK_D: tl.constexpr,  # head width, padded
     BLOCK_C: tl.constexpr,
 ):
-    """One program owns IMAGES images by one head.
+    """One program owns an image by GROUP heads.
 
     All its scratch is its own. What one thread stores there another loads, so barriers stand between:
     they order a program's own accesses to memory.
     """
     D: tl.constexpr = C // HEADS
     window: tl.constexpr = R if AVERAGE else 1
-    head = tl.program_id(0) % HEADS
-    first = tl.program_id(0) // HEADS * IMAGES
+    first = tl.program_id(0) % (HEADS // GROUP) * GROUP
+    image = (tl.program_id(0) // (HEADS // GROUP)).to(tl.int64)
     wide = tl.cdiv(W, R)
     n = tl.cdiv(H, R) * wide
+    scratch = (image * HEADS + first) * n
 
-    for i in range(first, tl.minimum(first + IMAGES, B)):
-        image = tl.zeros((), dtype=tl.int64) + i
-        head_qk = qk + image * n * (2 * C) + head * D
-        row = (image * HEADS + head) * n
+    for g in range(GROUP):
+        head_qk = qk + image * n * (2 * C) + (first + g) * D
+        row = scratch + g * n
         if ONE_TILE:
             j = tl.arange(0, BLOCK_Q)
             p = row_softmax(scores(head_qk, j, j, n, scale, C, D, BLOCK_Q, PRECISION))
@@ -187,66 +198,63 @@ def gah_pool_kernel(
                     sums = tl.load(lse + row + q, mask=q < n, other=float("inf"))
                     mean += tl.sum(tl.exp2(s - sums[:, None]), axis=0)
                 tl.store(column + row + j, mean / n, mask=j < n)
-        tl.debug_barrier()
-
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            z = tl.zeros((BLOCK_C,), dtype=tl.float32)
-            for other in range(0, n, BLOCK_Q):
-                j = other + tl.arange(0, BLOCK_Q)
-                y = j // wide * R
-                x0 = j % wide * R
-                token = x + image * stride_b + (y * W + x0).to(tl.int64) * stride_t
-                s = load_pooled(
-                    token[:, None] + c[None, :] * stride_c, (j < n)[:, None] & (c < C)[None, :],
-                    tl.minimum(H - y, R), tl.minimum(W - x0, R), W * stride_t, stride_t, window,
-                )  # fmt: skip
-                a = tl.load(column + row + j, mask=j < n, other=0.0)
-                # Tiles past the grid have empty windows, 0 / 0 when averaged: not to be summed.
-                s = tl.where((j < n)[:, None], s.to(tl.float32), 0.0)
-                z += tl.sum(a[:, None] * s, axis=0)
-            place = gathered + (image * HEADS + head) * C + c
-            tl.store(place, z.to(gathered.dtype.element_ty), mask=c < C)
     tl.debug_barrier()
 
-    m = tl.arange(0, 16)
-    d = tl.arange(0, BLOCK_D)
-    image = (first + m).to(tl.int64)
-    mask = (m < IMAGES) & (image < B)
-    token = gathered + (image * HEADS + head) * C
-    acc = project_tile(
-        token, mask, 1, 1, 0, 0, 1, weight + (head * D + d) * C, d < D,
-        C, 1, 16, BLOCK_D, BLOCK_C, PRECISION,
-    )  # fmt: skip
-    place = pooled + image[:, None] * C + head * D + d[None, :]
-    tl.store(place, acc, mask=mask[:, None] & (d < D)[None, :])
+    g = tl.arange(0, ROWS)
+    # A constant bound: where one tile holds all tokens the inner loop is none, the outer is pipelined.
+    last = BLOCK_Q if ONE_TILE else n
+    for start in tl.range(0, C, BLOCK_C, num_stages=1 if window > 1 else None):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = c < C if C % BLOCK_C else c >= 0
+        z = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+        for other in tl.range(0, last, BLOCK_Q, num_stages=1 if window > 1 else None):
+            j = other + tl.arange(0, BLOCK_Q)
+            y = j // wide * R
+            x0 = j % wide * R
+            token = x + image * stride_b + (y * W + x0).to(tl.int64) * stride_t
+            s = load_pooled(
+                token[:, None] + c[None, :] * stride_c, (j < n)[:, None] & inside[None, :],
+                tl.minimum(H - y, R), tl.minimum(W - x0, R), W * stride_t, stride_t, window,
+            )  # fmt: skip
+            if window > 1:  # tiles past the grid have empty windows, 0 / 0: not to be summed
+                s = tl.where((j < n)[:, None], s, 0.0)
+            place = column + scratch + g[:, None] * n + j[None, :]
+            a = tl.load(place, mask=(g < GROUP)[:, None] & (j < n)[None, :], other=0.0)
+            # What rounding to the tokens' dtype takes from a weight is a product of its own.
+            near = a.to(s.dtype)
+            z = dot(near, s, z, PRECISION)
+            if s.dtype != tl.float32:
+                z = dot((a - near.to(tl.float32)).to(s.dtype), s, z, PRECISION)
+        place = pooled + (image * HEADS + first + g[:, None]) * C + c[None, :]
+        mask = (g < GROUP)[:, None] & inside[None, :]
+        tl.store(place, z.to(pooled.dtype.element_ty), mask=mask)
 
 
 def gah_pool(
     tokens: Tensor,
     patch_grid: tuple[int, int],
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int,
     stride: int,
     pool: str,
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """Query-averaged attention output, see `lgvit_fast.ops.gah.gah_pool`.
+    """Pooled tokens averaged by the attention, see `lgvit_fast.ops.gah.gah_pool`.
 
     Args:
         tokens: `[B, P + N, C]`, any strides; float32, bfloat16 or float16.
         patch_grid: `(H, W)` with `H * W == N`.
         num_prefix_tokens: P.
-        qkv_weight: `[3C, C]`, the tokens' dtype.
-        num_heads: heads, a divisor of C; at most 256 channels each.
+        qk_weight: `[2C, C]`, the tokens' dtype.
+        num_heads: heads, a divisor of C.
         stride: r >= 1.
         pool: "subsample" or "average".
         precision: "ieee", "tf32" or "tf32x3", for float32 products.
 
     Returns:
-        `[B, 1, C]` float32.
+        `[B, heads, C]`, the tokens' dtype.
 
     Raises:
         ValueError: an argument does not fit, before anything is launched.
@@ -255,44 +263,48 @@ def gah_pool(
     batch, _, width = tokens.shape
     height, wide = patch_grid
     require(
-        num_heads > 0 and width % num_heads == 0 and width // num_heads <= 256,
-        f"num_heads is {num_heads}, expected a divisor of {width} into at most 256 channels",
+        num_heads > 0 and width % num_heads == 0,
+        f"num_heads is {num_heads}, expected a divisor of {width}",
     )
     require(stride > 0, f"stride is {stride}, expected at least 1")
     require(pool in ("subsample", "average"), f"pool is {pool!r}, expected subsample or average")
-    qkv_weight = check_weight("qkv_weight", qkv_weight, (3 * width, width), tokens)
+    qk_weight = check_weight("qk_weight", qk_weight, (2 * width, width), tokens)
     require(
-        qkv_weight.dtype == tokens.dtype,
-        f"qkv_weight is {qkv_weight.dtype}, tokens are {tokens.dtype}",
+        qk_weight.dtype == tokens.dtype,
+        f"qk_weight is {qk_weight.dtype}, tokens are {tokens.dtype}",
     )
-    pooled = tokens.new_empty((batch, 1, width), dtype=torch.float32)
+    pooled = tokens.new_empty((batch, num_heads, width))
     if pooled.numel() == 0:
         return pooled
     count = triton.cdiv(height, stride) * triton.cdiv(wide, stride)
     rows = batch * count
     qk = tokens.new_empty((batch, count, 2 * width))
     column, lse = tokens.new_empty((2, batch, num_heads, count), dtype=torch.float32)
-    gathered = tokens.new_empty((batch, num_heads, width))
     patches = tokens[:, num_prefix_tokens:]
     average = pool == "average" and stride > 1
     block_m = projection_rows(rows, 2 * width)
     block_q = min(64, max(16, triton.next_power_of_2(count)))
-    images = 1 if batch <= 16 else 4 if batch <= 64 else 8
-    head_dim = width // num_heads
+    group = heads_of_a_program(batch, num_heads)
 
     def projection_grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, block_m) * triton.cdiv(2 * width, meta["BLOCK_N"]),)
 
     with on_device(tokens):
         gah_project_kernel[projection_grid](
-            patches, qkv_weight, qk, rows, height, wide, *patches.stride(),
+            patches, qk_weight, qk, rows, height, wide, *patches.stride(),
             C=width, R=stride, AVERAGE=average, PRECISION=precision, BLOCK_M=block_m,
         )  # fmt: skip
-        gah_pool_kernel[(triton.cdiv(batch, images) * num_heads,)](
-            patches, qk, qkv_weight[2 * width :], column, lse, gathered, pooled,
-            batch, height, wide, head_dim**-0.5 * 1.4426950408889634, *patches.stride(),
+        gah_pool_kernel[(batch * num_heads // group,)](
+            patches, qk, column, lse, pooled,
+            height, wide, (width // num_heads) ** -0.5 * 1.4426950408889634, *patches.stride(),
             C=width, HEADS=num_heads, R=stride, AVERAGE=average, PRECISION=precision,
-            IMAGES=images, BLOCK_Q=block_q, ONE_TILE=count <= block_q,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),
+            BLOCK_Q=block_q, ONE_TILE=count <= block_q,
         )  # fmt: skip
     return pooled
+
+
+def heads_of_a_program(batch: int, heads: int) -> int:
+    """GROUP: all heads of an image where images alone fill a GPU (132 SMs), fewer in small batches."""
+    most = min(16, max(1, batch // 16))
+    return max(g for g in range(1, heads + 1) if heads % g == 0 and g <= most)

@@ -1,6 +1,6 @@
 // gah_pool on the CPU: pool the grid, one library GEMM for queries and keys, then in one pass for each
-// image and head the scores, their softmax, its mean over the queries, the mean token under these
-// weights, and its value projection. What lies between them stays in the caches.
+// image and head the scores, their softmax, its mean over the queries and the mean token under these
+// weights. What lies between them stays in the caches.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -166,69 +166,24 @@ void weighted_token(const float* weights, const T* tokens, int64_t n, int64_t ch
     block(c, [&](const T* row, int64_t at) { return load(row + at, channels - at); });
 }
 
-// out [images, rows] = vectors [images, C] times the transpose of weight [rows, C]; rows of `out` are
-// `stride` apart. Each row of the weight is read once for all images.
-template <int64_t kImages, typename T>
-void project(const float* vectors, const T* weight, int64_t rows, int64_t channels, float* out,
-             int64_t stride) {
-  constexpr int64_t kRows = 8 / kImages;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t some = std::min(kRows, rows - row);
-    const T* w[kRows];
-    for (int64_t r = 0; r < kRows; ++r) w[r] = weight + (row + std::min(r, some - 1)) * channels;
-    Vec sum[kRows][kImages];
-    for (auto& of_row : sum)
-      for (Vec& lanes : of_row) lanes = Vec(0.0f);
-    const auto add = [&](const auto& load_at) {
-      Vec x[kImages];
-      for (int64_t i = 0; i < kImages; ++i) x[i] = load_at(vectors + i * channels);
-      for (int64_t r = 0; r < kRows; ++r) {
-        const Vec lanes = load_at(w[r]);
-        for (int64_t i = 0; i < kImages; ++i) sum[r][i] = fmadd(lanes, x[i], sum[r][i]);
-      }
-    };
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) add([&](const auto* at) { return load(at + c); });
-    if (c < channels) add([&](const auto* at) { return load(at + c, channels - c); });
-    for (int64_t r = 0; r < some; ++r)
-      for (int64_t i = 0; i < kImages; ++i)
-        out[i * stride + row + r] = at::vec::vec_reduce_all<float>(
-            [](const Vec& a, const Vec& b) { return a + b; }, sum[r][i]);
-  }
-}
-
-// tokens [B, n, C], query_key [B, n, 2C] and the value rows [C, C] of the weight -> pooled [B, 1, C]
-// float. A task is one head of a few images, so that the head's weight is read once for them.
+// tokens [B, n, C] and query_key [B, n, 2C] -> pooled [B, heads, C]. A task is one head of an image.
 template <typename T>
-Tensor attend(const Tensor& tokens, const Tensor& query_key, const T* value_weight, int64_t heads) {
+Tensor attend(const Tensor& tokens, const Tensor& query_key, int64_t heads) {
   const int64_t batch = tokens.size(0), n = tokens.size(1), channels = tokens.size(2);
   const int64_t head_dim = channels / heads;
-  constexpr int64_t kImages = 4;
-  const int64_t groups = at::divup(batch, kImages);
-  Tensor pooled = at::empty({batch, 1, channels}, tokens.options().dtype(at::kFloat));
+  Tensor pooled = at::empty({batch, heads, channels}, tokens.options());
   const T* x = tokens.const_data_ptr<T>();
   const T* qk = query_key.const_data_ptr<T>();
-  float* out = pooled.mutable_data_ptr<float>();
-  at::parallel_for(0, heads * groups, 1, [&](int64_t begin, int64_t end) {
+  T* out = pooled.mutable_data_ptr<T>();
+  at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     MeanAttention attention(n, head_dim);
-    std::vector<float> gathered(kImages * channels);
+    std::vector<float> mean(channels);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_channel = task / groups * head_dim, image = task % groups * kImages;
-      const int64_t images = std::min(kImages, batch - image);
-      for (int64_t i = 0; i < images; ++i) {
-        const T* query = qk + (image + i) * n * 2 * channels + first_channel;
-        weighted_token(attention.weights(query, query + channels, 2 * channels),
-                       x + (image + i) * n * channels, n, channels, &gathered[i * channels]);
-      }
-      const T* weight = value_weight + first_channel * channels;
-      float* target = out + image * channels + first_channel;
-      if (images == kImages) {
-        project<kImages>(gathered.data(), weight, head_dim, channels, target, channels);
-        continue;
-      }
-      for (int64_t i = 0; i < images; ++i)
-        project<1>(&gathered[i * channels], weight, head_dim, channels, target + i * channels,
-                   channels);
+      const int64_t image = task / heads, head = task % heads;
+      const T* query = qk + image * n * 2 * channels + head * head_dim;
+      weighted_token(attention.weights(query, query + channels, 2 * channels),
+                     x + image * n * channels, n, channels, mean.data());
+      narrow_to(mean.data(), out + task * channels, channels);
     }
   });
   return pooled;
@@ -236,29 +191,28 @@ Tensor attend(const Tensor& tokens, const Tensor& query_key, const T* value_weig
 
 template <typename T>
 Tensor pool(const Tensor& tokens, int64_t prefix, int64_t height, int64_t width,
-            const Tensor& qkv_weight, int64_t heads, int64_t stride, bool average) {
+            const Tensor& weight, int64_t heads, int64_t stride, bool average) {
   const int64_t batch = tokens.size(0), channels = tokens.size(2);
   const Tensor s = pool_grid<T>(tokens, prefix, height, width, stride, average);
-  const Tensor query_key = fast_linear(s.view({-1, channels}), qkv_weight, 2 * channels)
+  const Tensor query_key = fast_linear(s.view({-1, channels}), weight, 2 * channels)
                                .view({batch, -1, 2 * channels});
-  const T* values = qkv_weight.const_data_ptr<T>() + 2 * channels * channels;
-  return attend<T>(s, query_key, values, heads);
+  return attend<T>(s, query_key, heads);
 }
 
 Tensor gah_pool(const Tensor& tokens, int64_t height, int64_t width, int64_t num_prefix_tokens,
-                const Tensor& qkv_weight, int64_t num_heads, int64_t stride, bool average) {
+                const Tensor& qk_weight, int64_t num_heads, int64_t stride, bool average) {
   const PlainKernels plain;
   check_tokens(tokens, num_prefix_tokens, height, width);
   const int64_t batch = tokens.size(0), channels = tokens.size(2);
   TORCH_CHECK_VALUE(num_heads > 0 && channels % num_heads == 0, "num_heads is ", num_heads,
                     ", expected a divisor of the width ", channels);
   TORCH_CHECK_VALUE(stride > 0, "stride is ", stride, ", expected at least 1");
-  check_like("qkv_weight", qkv_weight, tokens.scalar_type(), tokens.device());
-  check_shape("qkv_weight", qkv_weight, {3 * channels, channels});
+  check_like("qk_weight", qk_weight, tokens.scalar_type(), tokens.device());
+  check_shape("qk_weight", qk_weight, {2 * channels, channels});
   stride = std::min(stride, std::max(height, width));  // beyond, one window holds all
-  if (batch == 0) return at::empty({0, 1, channels}, tokens.options().dtype(at::kFloat));
+  if (batch == 0) return at::empty({0, num_heads, channels}, tokens.options());
   const Tensor x = tokens.stride(2) == 1 ? tokens : tokens.contiguous();
-  const Tensor weight = qkv_weight.contiguous();
+  const Tensor weight = qk_weight.contiguous();
   const auto run = x.scalar_type() == at::kBFloat16 ? pool<at::BFloat16> : pool<float>;
   return run(x, num_prefix_tokens, height, width, weight, num_heads, stride, average);
 }

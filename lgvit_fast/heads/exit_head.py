@@ -22,7 +22,7 @@ class FoldedHead(NamedTuple):
     """An exit in the exact inference form: the work per token, then one matrix."""
 
     perception: Any  # weights of `pool`, or of `feature` where the readout has a norm
-    weight: Tensor  # [K, (M + T) * C]
+    weight: Tensor  # [K, (M + T) * C], M vectors of `pool`
     bias: Tensor  # [K]
 
 
@@ -188,8 +188,8 @@ class ExitHead(nn.Module):
             classifier = torch.stack(shares).sum(0)
             bias = torch.stack([linear.bias.double() for linear in linears]).mean(0)
             if self.readout.affine:
-                perception, matrix, offset = self.perception.fold(dtype)
-                weight, bias = classifier @ matrix, bias + classifier @ offset
+                perception, weight, offset = self.perception.fold(dtype, classifier)
+                bias = bias + offset
             else:
                 perception = self.perception.fold_feature(dtype)
                 weight = classifier * self._norm.weight.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,13 @@ from lgvit_fast.ops.gah import POOLS, gah_pool, pool_grid
 from lgvit_fast.ops.linear import Linear, inference_linear
 
 __all__ = ["GlobalAggregationHead"]
+
+
+class GAHWeights(NamedTuple):
+    """The head's layers up to the pooled vectors, as `pool` takes them."""
+
+    query_key: Tensor  # [2C, C]
+    values: Tensor | None  # [heads, C / heads, C]; None where the exit's matrix holds them
 
 
 class GlobalAggregationHead(nn.Module):
@@ -24,8 +33,6 @@ class GlobalAggregationHead(nn.Module):
     Raises:
         ValueError: `num_heads` does not divide `width`, or an unknown `pool`.
     """
-
-    num_pooled = 1  # rows of `pool`: the query-averaged attention output
 
     def __init__(
         self, width: int, stride: int, num_heads: int = 8, pool: str = "subsample"
@@ -62,28 +69,55 @@ class GlobalAggregationHead(nn.Module):
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def fold(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def fold(self, dtype: torch.dtype, classifier: Tensor) -> tuple[GAHWeights, Tensor, Tensor]:
         """Weights of the exact inference form.
 
+        With `z_h [C]` the pooled tokens averaged by head h, the classifier `Wc` sees
+        `sum_h z_h (Wc Wo_h Wv_h)^T`. As one matrix that is `K heads C` weights, in two steps
+        (`Wv_h`, then `Wc Wo`) `C C + K C`, and an image costs as many products. The smaller is taken:
+        one matrix if `K (heads - 1) <= C`.
+
+        Args:
+            dtype: of the tokens to come.
+            classifier: Wc, `[K, C]` float64.
+
         Returns:
-            The qkv matrix `[3C, C]` in `dtype` for `pool`, and in float64 the matrix `[C, C]` and bias
-            `[C]` with `mean_n y = matrix @ pooled.flatten() + bias`.
+            The weights of `pool` in `dtype`, and in float64 the matrix `[K, M C]` and offset `[K]`
+            with `Wc mean_n y = matrix @ pooled.flatten() + offset`; M is 1, or `heads` where the
+            matrix holds the values.
         """
-        return self.qkv.weight.to(dtype), self.proj.weight.double(), self.proj.bias.double()
+        width, heads = self.proj.in_features, self.num_heads
+        query_key, values = self.qkv.weight.split((2 * width, width))
+        values = values.unflatten(0, (heads, width // heads))
+        matrix = classifier @ self.proj.weight.double()
+        offset = classifier @ self.proj.bias.double()
+        if len(classifier) * (heads - 1) > width:
+            return GAHWeights(query_key.to(dtype), values.to(dtype)), matrix, offset
+        by_head = matrix.unflatten(1, (heads, width // heads))
+        matrix = torch.einsum("khd,hdc->khc", by_head, values.double()).flatten(1)
+        return GAHWeights(query_key.to(dtype), None), matrix, offset
 
     def pool(
-        self, tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: Tensor
+        self,
+        tokens: Tensor,
+        patch_grid: tuple[int, int],
+        num_prefix_tokens: int,
+        weights: GAHWeights,
     ) -> Tensor:
-        """Inference form: tokens `[B, P + N, C]` to pooled `[B, 1, C]`."""
-        return gah_pool(
+        """Inference form: tokens `[B, P + N, C]` to pooled `[B, M, C]`, M as of `fold`."""
+        pooled = gah_pool(
             tokens,
             patch_grid,
             num_prefix_tokens,
-            weights,
+            weights.query_key,
             self.num_heads,
             self.stride,
             self.pool_type,
         )
+        if weights.values is None:
+            return pooled
+        by_head = pooled.transpose(0, 1) @ weights.values.transpose(1, 2)  # [heads, B, C / heads]
+        return by_head.transpose(0, 1).flatten(1).unsqueeze(1)
 
     def fold_feature(self, dtype: torch.dtype) -> tuple[Linear, Linear]:
         """Weights of `feature` in `dtype`, for a readout that needs the feature token by token."""

@@ -39,11 +39,8 @@ class LocalPerceptionHead(nn.Module):
         full: with the depthwise 3x3 convolution; otherwise the light head.
     """
 
-    num_pooled = 2  # rows of `pool`: mean hidden vector, mean token
-
     def __init__(self, width: int, full: bool) -> None:
         super().__init__()
-        self.width = width
         self.pointwise1 = nn.Linear(width, width)
         self.norm1 = nn.BatchNorm1d(width)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width) if full else None
@@ -69,13 +66,23 @@ class LocalPerceptionHead(nn.Module):
         nn.init.zeros_(self.norm2.weight)
         nn.init.zeros_(self.norm2.bias)
 
-    def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
+    def fold(self, dtype: torch.dtype, classifier: Tensor) -> tuple[LPHWeights, Tensor, Tensor]:
         """Weights of the exact inference form.
 
+        Args:
+            dtype: of the tokens to come.
+            classifier: Wc, `[K, C]` float64.
+
         Returns:
-            The per-token weights in `dtype` for `pool`, and in float64 the matrix `[C, 2C]` and bias
-            `[C]` with `mean_n y = matrix @ pooled.flatten() + bias`.
+            The per-token weights in `dtype` for `pool`, and in float64 the matrix `[K, 2C]` and offset
+            `[K]` with `Wc mean_n y = matrix @ pooled.flatten() + offset`.
         """
+        weights, projection, bias = self._fold(dtype)
+        matrix = torch.cat((classifier @ projection, classifier), dim=1)
+        return weights, matrix, classifier @ bias
+
+    def _fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
+        """Per-token weights, and the float64 matrix `[C, C]` and bias `[C]` that act on the hidden."""
         vectors = torch.promote_types(dtype, torch.float32)
         scale1, shift1 = batchnorm_affine(self.norm1)
         scale3, shift3 = batchnorm_affine(self.norm2)
@@ -92,8 +99,7 @@ class LocalPerceptionHead(nn.Module):
             )
         projection = scale3[:, None] * self.pointwise2.weight.double()
         bias = scale3 * self.pointwise2.bias.double() + shift3 + projection @ shift2
-        identity = torch.eye(self.width, dtype=torch.float64, device=bias.device)
-        return weights, torch.cat((projection * scale2, identity), dim=1), bias
+        return weights, projection * scale2, bias
 
     def pool(
         self,
@@ -107,8 +113,7 @@ class LocalPerceptionHead(nn.Module):
 
     def fold_feature(self, dtype: torch.dtype) -> FoldedFeature:
         """Weights of `feature` in `dtype`, for a readout that needs the feature token by token."""
-        pool, projection, bias = self.fold(dtype)
-        matrix = projection[:, : self.width]  # the rest is the residual's
+        pool, matrix, bias = self._fold(dtype)
         scale, shift, taps, offset = pool[2:]
         return FoldedFeature(
             inference_linear(pool.weight, pool.bias.to(dtype), "gelu"),

@@ -124,13 +124,13 @@ class MLPHead(nn.Module):
         """Make the feature zero (`ExitHead.start_plain`)."""
         _zero(self.fc2)
 
-    def fold(self, dtype: torch.dtype) -> tuple[LPHWeights, Tensor, Tensor]:
-        """Weights of `pool`, matrix `[C, 2C]` and offset `[C]` from pooled to the mean feature."""
+    def fold(self, dtype: torch.dtype, classifier: Tensor) -> tuple[LPHWeights, Tensor, Tensor]:
+        """Weights of `pool`, matrix `[K, 2C]` and offset `[K]` from pooled to the logits."""
         vectors = torch.promote_types(dtype, torch.float32)
         weights = LPHWeights(self.fc1.weight.to(dtype), self.fc1.bias.to(vectors))
-        projection = self.fc2.weight.double()
-        unused = torch.zeros_like(projection)  # the mean token: there is no residual
-        return weights, torch.cat((projection, unused), dim=1), self.fc2.bias.double()
+        matrix = classifier @ self.fc2.weight.double()
+        unused = torch.zeros_like(matrix)  # the mean token: there is no residual
+        return weights, torch.cat((matrix, unused), dim=1), classifier @ self.fc2.bias.double()
 
     def pool(
         self,

@@ -37,8 +37,10 @@ if _extension.why_missing(torch.device("cpu")) is None:
         return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
 
     @torch.library.register_fake("lgvit_fast::gah_pool_cpp")
-    def _(tokens: Tensor, *args: object) -> Tensor:
-        return tokens.new_empty((tokens.shape[0], 1, tokens.shape[2]), dtype=torch.float32)
+    def _(
+        tokens: Tensor, height: int, width: int, prefix: int, weight: Tensor, heads: int, *a: object
+    ) -> Tensor:
+        return tokens.new_empty((tokens.shape[0], heads, tokens.shape[2]))
 
     @torch.library.register_fake("lgvit_fast::exit_step_cpp")
     def _(

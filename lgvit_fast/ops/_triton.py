@@ -108,7 +108,7 @@ def _launch_gah_pool(
     height: int,
     width: int,
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int,
     stride: int,
     pool: str,
@@ -116,7 +116,7 @@ def _launch_gah_pool(
     launch = import_module("lgvit_fast.kernels.gah").gah_pool
     grid, how = (height, width), precision()
     pooled: Tensor = launch(
-        tokens, grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool, precision=how
+        tokens, grid, num_prefix_tokens, qk_weight, num_heads, stride, pool, precision=how
     )
     return pooled
 
@@ -127,8 +127,16 @@ _gah_pool = torch.library.custom_op(
 
 
 @_gah_pool.register_fake
-def _(tokens: Tensor, *args: object) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], 1, tokens.shape[2]), dtype=torch.float32)
+def _(
+    tokens: Tensor,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+    qk_weight: Tensor,
+    num_heads: int,
+    *args: object,
+) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], num_heads, tokens.shape[2]))
 
 
 def _launch_exit_step(

@@ -1,8 +1,9 @@
 """Global aggregation head, pooled: attention over a subsampled grid, averaged over its queries.
 
 The mean over queries commutes with the value product: with `a_h` the column mean of head h's
-attention matrix, the mean output is `(a_h s) Wv_h`. So values are projected once per image and head
-instead of once per token (see docs/kernels.md). Only queries and keys need full GEMMs.
+attention matrix, the mean output is `(a_h s) Wv_h`. So the op ends at `a_h s`, one vector per image and
+head; what is left is linear, and the exit folds it (see docs/kernels.md). Only queries and keys need
+full GEMMs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def gah_pool_reference(
     tokens: Tensor,
     patch_grid: tuple[int, int],
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int,
     stride: int,
     pool: str,
@@ -60,37 +61,30 @@ def gah_pool_reference(
     head_dim = width // num_heads
     accumulate = torch.promote_types(s.dtype, torch.float32)
     q, k = (
-        F.linear(s, qkv_weight[: 2 * width])
+        F.linear(s, qk_weight)
         .view(batch, count, 2, num_heads, head_dim)
         .permute(2, 0, 3, 1, 4)
         .to(accumulate)
     )
     attention = torch.softmax(q @ k.transpose(-2, -1) * head_dim**-0.5, dim=-1).mean(dim=2)
-    values = qkv_weight[2 * width :].view(num_heads, head_dim, width).to(accumulate)
-    gathered = attention @ s.to(accumulate)  # [B, heads, C]
-    context = torch.einsum("bhc,hdc->bhd", gathered, values)
-    return context.reshape(batch, 1, width)
+    return (attention @ s.to(accumulate)).to(s.dtype)
 
 
 def _gah_pool_triton(
     tokens: Tensor,
     patch_grid: tuple[int, int],
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int,
     stride: int,
     pool: str,
 ) -> Tensor:
     return _triton.gah_pool(
-        tokens, *patch_grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool
+        tokens, *patch_grid, num_prefix_tokens, qk_weight, num_heads, stride, pool
     )
 
 
-def _refuse_triton(
-    tokens: Tensor, grid: object, prefix: int, weight: Tensor, num_heads: int, *args: object
-) -> str | None:
-    if tokens.shape[-1] > 256 * num_heads:
-        return "the kernel takes heads of at most 256 channels"
+def _refuse_triton(tokens: Tensor, *args: object) -> str | None:
     return _triton.refuse(tokens)
 
 
@@ -98,14 +92,14 @@ def _gah_pool_cpp(
     tokens: Tensor,
     patch_grid: tuple[int, int],
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int,
     stride: int,
     pool: str,
 ) -> Tensor:
     op, average = torch.ops.lgvit_fast.gah_pool_cpp, pool == "average"
     pooled: Tensor = op(
-        tokens, *patch_grid, num_prefix_tokens, qkv_weight, num_heads, stride, average
+        tokens, *patch_grid, num_prefix_tokens, qk_weight, num_heads, stride, average
     )
     return pooled
 
@@ -128,34 +122,34 @@ def gah_pool(
     tokens: Tensor,
     patch_grid: tuple[int, int],
     num_prefix_tokens: int,
-    qkv_weight: Tensor,
+    qk_weight: Tensor,
     num_heads: int = 8,
     stride: int = 2,
     pool: str = "subsample",
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Query-averaged attention output of a global aggregation head (paper section 3.3, exact form).
+    """Pooled tokens of a global aggregation head, averaged by its attention (paper section 3.3).
 
     Args:
         tokens: `[B, P + N, C]`, any strides; float32, float64, bfloat16 or float16.
         patch_grid: `(H, W)` with `H * W == N`.
         num_prefix_tokens: P, the leading tokens to leave out.
-        qkv_weight: `[3C, C]`, rows ordered q, k, v, heads contiguous in each; no bias.
+        qk_weight: `[2C, C]`, rows ordered q, k, heads contiguous in each; no bias.
         num_heads: attention heads; must divide C.
         stride: pooling stride r >= 1.
         pool: "subsample" or "average", see `pool_grid`.
         backend: one of `lgvit_fast.ops.CHOICES` for this call only.
 
     Returns:
-        `[B, 1, C]` float32 (float64 for float64 tokens): the concatenation over heads of
-        `(mean_q softmax(q k^T / sqrt(C / heads)) s) Wv_h`, before the output projection.
+        `[B, heads, C]` in the tokens' dtype, summed in float32 or more: for each head
+        `mean_q softmax(q k^T / sqrt(C / heads)) s`, before the value and the output projection.
 
     Raises:
         ValueError: a shape, dtype, device or option does not fit.
         RuntimeError: the backend asked for cannot run here.
     """
-    check_tokens("gah_pool", tokens, patch_grid, num_prefix_tokens, qkv_weight, rows=3)
+    check_tokens("gah_pool", tokens, patch_grid, num_prefix_tokens, qk_weight, rows=2)
     if num_heads < 1 or tokens.shape[-1] % num_heads:
         raise ValueError(
             f"gah_pool: num_heads={num_heads} does not divide width {tokens.shape[-1]}"
@@ -165,5 +159,5 @@ def gah_pool(
     if pool not in POOLS:
         raise ValueError(f"gah_pool: pool={pool!r}, expected one of {POOLS}")
     return _op(
-        tokens, patch_grid, num_prefix_tokens, qkv_weight, num_heads, stride, pool, backend=backend
+        tokens, patch_grid, num_prefix_tokens, qk_weight, num_heads, stride, pool, backend=backend
     )

@@ -75,7 +75,7 @@ def test_no_weight_is_written_twice(tmp_path):
 
 
 def test_heads_are_in_their_inference_form():
-    """A local head's first matrix alone; of a global one's, queries and keys apart from values."""
+    """A local head's first matrix alone; a global one's queries and keys, its values in the exit's."""
     shapes = []
     for file in sorted(exports.folder().glob("*.onnx")):
         weights = onnx.load(file).graph.initializer
@@ -87,8 +87,16 @@ def test_heads_are_in_their_inference_form():
         assert (7, 3 * width) in shapes[index]  # mean hidden vector, mean token and class token
     for index in (2, 3):
         assert shapes[index].count(square) == blocks
-        assert {(width, 2 * width), (8, 16, width), (7, 2 * width)} <= set(shapes[index])
+        assert {(width, 2 * width), (7, 9 * width)} <= set(shapes[index])  # 8 heads, class token
         assert (3 * width, width) not in shapes[index]
+
+
+def test_many_classes_leave_a_global_heads_values_apart():
+    model = tiny_model(exits=[1], heads=["gah_2"], depth=2, embed_dim=32, num_classes=40)
+    _, proto = next(segment_graph.segment_graphs(model, (32, 32)))
+    shapes = [tuple(w.dims) for w in proto.graph.initializer]
+    assert {(32, 64), (8, 32, 4), (40, 64)} <= set(shapes)  # queries and keys, values, the exit's
+    assert shapes.count((32, 96)) == 1  # the block's own; the head's is not kept beside its parts
 
 
 def test_files_say_nothing_of_the_machine():

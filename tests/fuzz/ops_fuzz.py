@@ -128,7 +128,7 @@ def lph(draw: Draw) -> dict[str, object]:
 def gah(draw: Draw) -> dict[str, object]:
     a, c = grid(draw)
     heads = draw.random.choice([h for h in range(1, c + 1) if c % h == 0])
-    a |= {"qkv_weight": draw.tensor(3 * c, c, scale=c**-0.5), "num_heads": heads}
+    a |= {"qk_weight": draw.tensor(2 * c, c, scale=c**-0.5), "num_heads": heads}
     return a | {"stride": draw.random.randint(1, 4), "average": draw.random.random() < 0.5}
 
 
@@ -224,7 +224,7 @@ def check_gah(a: dict[str, object], got: Tensor) -> None:
         tokens,
         place,
         a["num_prefix_tokens"],
-        _double(a["qkv_weight"]),
+        _double(a["qk_weight"]),
         a["num_heads"],
         stride,
         pool,

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lgvit_fast.heads import ExitHead, ExitSpec
+from lgvit_fast.ops import backend
+from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 from lgvit_fast.ops.gah import gah_pool, gah_pool_reference
+from tests.helpers import randomize
 from tests.kernels.device import generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -17,15 +21,15 @@ def make(
 ) -> tuple[Tensor, Tensor]:
     g = generator(0)
     tokens = torch.randn(batch, prefix + grid[0] * grid[1], width, generator=g).to(dtype)
-    weight = (1.5 * torch.randn(3 * width, width, generator=g) / width**0.5).to(dtype)
+    weight = (1.5 * torch.randn(2 * width, width, generator=g) / width**0.5).to(dtype)
     return tokens, weight
 
 
 def check(tokens: Tensor, grid: tuple[int, int], prefix: int, weight: Tensor, *how: Any) -> None:
     expected = gah_pool_reference(tokens.double(), grid, prefix, weight.double(), *how)
     pooled = gah_pool(tokens, grid, prefix, weight, *how, backend="triton")
-    assert pooled.shape == expected.shape and pooled.dtype == torch.float32
-    assert (pooled - expected).norm() <= ERROR[tokens.dtype] * expected.norm()
+    assert pooled.shape == expected.shape and pooled.dtype == tokens.dtype
+    assert (pooled.double() - expected).norm() <= ERROR[tokens.dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("pool", ["subsample", "average"])
@@ -57,9 +61,27 @@ def test_more_tokens_than_a_tile(grid: tuple[int, int], stride: int, pool: str) 
     check(tokens, grid, 1, weight, 2, stride, pool)
 
 
-def test_programs_that_share_images() -> None:
-    tokens, weight = make(19, (3, 3), 1, 64)
-    check(tokens, (3, 3), 1, weight, 2, 2, "subsample")
+@pytest.mark.parametrize(
+    ("batch", "heads", "group", "dtype"),
+    [(17, 2, 1, torch.float32), (33, 4, 2, torch.float32), (51, 3, 3, torch.bfloat16)],
+    ids=["one", "half", "all"],
+)
+def test_programs_that_own_several_heads(
+    batch: int, heads: int, group: int, dtype: torch.dtype
+) -> None:
+    from lgvit_fast.kernels.gah import heads_of_a_program
+
+    assert heads_of_a_program(batch, heads) == group
+    tokens, weight = make(batch, (3, 3), 1, 36, dtype)
+    check(tokens, (3, 3), 1, weight, heads, 2, "subsample")
+
+
+def test_heads_of_a_program_divide_the_heads() -> None:
+    from lgvit_fast.kernels.gah import heads_of_a_program
+
+    found = [heads_of_a_program(batch, 12) for batch in (1, 31, 32, 80, 256, 8192)]
+    assert found == [1, 1, 2, 4, 12, 12]
+    assert heads_of_a_program(8192, 17) == 1
 
 
 @pytest.mark.parametrize("pool", ["subsample", "average"])
@@ -72,7 +94,7 @@ def test_half_precision(dtype: torch.dtype, pool: str) -> None:
 @pytest.mark.parametrize("pool", ["subsample", "average"])
 def test_strided_tokens(pool: str) -> None:
     tokens, weight = make(6, (5, 4), 1, 128)
-    weight = weight[:192, :64]
+    weight = weight[:128, :64]
     check(tokens[::2, :, ::2], (5, 4), 1, weight, 2, 2, pool)
     turned = tokens[..., :64].transpose(0, 1).contiguous().transpose(0, 1)
     check(turned, (5, 4), 1, weight, 2, 2, pool)
@@ -86,7 +108,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_no_images() -> None:
     tokens, weight = make(0, (4, 4), 1, 64)
-    assert gah_pool(tokens, (4, 4), 1, weight, backend="triton").shape == (0, 1, 64)
+    assert gah_pool(tokens, (4, 4), 1, weight, backend="triton").shape == (0, 8, 64)
 
 
 def test_only_what_is_asked_for_is_read() -> None:
@@ -119,8 +141,8 @@ def test_operator_registration() -> None:
         ({"num_heads": 7}, "num_heads is 7"),
         ({"stride": 0}, "stride is 0"),
         ({"pool": "max"}, "pool is 'max'"),
-        ({"qkv_weight": torch.zeros(64, 64)}, "qkv_weight has shape"),
-        ({"qkv_weight": torch.zeros(192, 64, dtype=torch.float16)}, "qkv_weight is torch.float16"),
+        ({"qk_weight": torch.zeros(64, 64)}, "qk_weight has shape"),
+        ({"qk_weight": torch.zeros(128, 64, dtype=torch.float16)}, "qk_weight is torch.float16"),
         ({"num_prefix_tokens": 2}, "rows an image"),
     ],
     ids=["heads", "stride", "pool", "shape", "dtype", "grid"],
@@ -129,12 +151,29 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     from lgvit_fast.kernels.gah import gah_pool as launch
 
     tokens, weight = make(1, (4, 4), 1, 64)
-    arguments = {"patch_grid": (4, 4), "num_prefix_tokens": 1, "qkv_weight": weight, "num_heads": 8}
+    arguments = {"patch_grid": (4, 4), "num_prefix_tokens": 1, "qk_weight": weight, "num_heads": 8}
     with pytest.raises(ValueError, match=message):
         launch(tokens, **(arguments | {"stride": 2, "pool": "subsample"} | moved(change)))
 
 
-def test_refusals() -> None:
+def test_a_head_of_many_channels() -> None:
     tokens, weight = make(1, (2, 2), 0, 512)
-    with pytest.raises(RuntimeError, match="at most 256 channels"):
-        gah_pool(tokens, (2, 2), 0, weight, 1, 1, backend="triton")
+    check(tokens, (2, 2), 0, weight, 1, 1, "subsample")
+
+
+@pytest.mark.parametrize("pool", ["subsample", "average"])
+@pytest.mark.parametrize("classes", [2, 9, 10, 1000])
+@pytest.mark.parametrize(("grid", "stride"), [((5, 7), 2), ((4, 4), 1), ((14, 14), 3)], ids=str)
+def test_an_exit_equals_its_training_form(
+    grid: tuple[int, int], stride: int, classes: int, pool: str
+) -> None:
+    torch.manual_seed(0)
+    head = ExitHead(ExitSpec(1, f"gah_{stride}"), 64, classes, 1, 1, 8, pool)
+    randomize(head)
+    head.eval().prepare(torch.float32)
+    tokens, state = torch.randn(2, 1 + grid[0] * grid[1], 64), torch.zeros(2, 2, dtype=torch.int32)
+    with torch.no_grad():
+        expected, _ = head(tokens, grid)
+        with backend("triton"):
+            logits = head.step(tokens, grid, ExitRule(RuleKind.NEVER), state).logits
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -58,7 +58,7 @@ def gah_arguments(**changed: object) -> dict[str, object]:
         "height": 3,
         "width": 4,
         "num_prefix_tokens": 1,
-        "qkv_weight": torch.randn(3 * C, C),
+        "qk_weight": torch.randn(2 * C, C),
         "num_heads": 4,
         "stride": 2,
         "average": False,
@@ -160,16 +160,16 @@ _LPH = [
 _GAH = [
     *_GRID,
     *(
-        {"qkv_weight": torch.randn(n, k)}
-        for n, k in ((2 * C, C), (3 * C, C - 1), (C, 3 * C), (0, C))
+        {"qk_weight": torch.randn(n, k)}
+        for n, k in ((3 * C, C), (2 * C, C - 1), (C, 2 * C), (0, C))
     ),
-    {"qkv_weight": torch.randn(3 * C * C)},
-    {"qkv_weight": torch.randn(3 * C, C).bfloat16()},
-    {"qkv_weight": freed(3 * C, C)},
+    {"qk_weight": torch.randn(2 * C * C)},
+    {"qk_weight": torch.randn(2 * C, C).bfloat16()},
+    {"qk_weight": freed(2 * C, C)},
     *({"num_heads": heads} for heads in (0, -4, 3, C + 1, HUGE)),
     {"stride": 0},
     {"stride": -1},
-    {"tokens": torch.randn(B, 13, 0), "qkv_weight": torch.randn(0, 0)},
+    {"tokens": torch.randn(B, 13, 0), "qk_weight": torch.randn(0, 0)},
 ]
 _STEP = [
     *({"num_class_tokens": count} for count in (-1, -3, 2, 14, HUGE, -HUGE)),
@@ -289,7 +289,7 @@ def _lph(changed: dict[str, object], backend: str) -> object:
 def _gah(changed: dict[str, object], backend: str) -> object:
     a = gah_arguments(**changed)
     grid, pool = (a["height"], a["width"]), "average" if a["average"] else "subsample"
-    weight = a["qkv_weight"]
+    weight = a["qk_weight"]
     return gah_pool(
         a["tokens"],
         grid,

@@ -70,13 +70,13 @@ def test_lph_pool_equals_the_reference(grid, width, full, dtype):
 def test_gah_pool_equals_the_reference(grid, stride, pool, dtype):
     for batch, prefix, width, heads in ((0, 1, 64, 8), (1, 0, 100, 4), (3, 2, 96, 8)):
         tokens = tokens_of(batch, grid, prefix, width, dtype)
-        qkv = torch.randn(3 * width, width, generator=torch.Generator().manual_seed(2))
-        qkv = (2 * width**-0.5 * qkv).to(dtype)
-        arguments = (grid, prefix, qkv, heads, stride, pool)
+        qk = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(2))
+        qk = (2 * width**-0.5 * qk).to(dtype)
+        arguments = (grid, prefix, qk, heads, stride, pool)
         pooled = gah_pool(tokens, *arguments, backend="cpp")
-        arguments = (grid, prefix, qkv.double(), heads, stride, pool)
+        arguments = (grid, prefix, qk.double(), heads, stride, pool)
         expected = gah_pool_reference(tokens.double(), *arguments)
-        assert pooled.dtype == torch.float32 and pooled.shape == expected.shape
+        assert pooled.dtype == dtype and pooled.shape == expected.shape == (batch, heads, width)
         assert relative_error(pooled, expected) <= TOLERANCE[dtype]
 
 
@@ -109,12 +109,12 @@ def test_tokens_of_any_strides(layout, dtype):
     tokens = tokens_of(3, grid, prefix, width, dtype)
     view = views(tokens)[layout]
     weights = lph_weights(width, dtype, full=True)
-    qkv = torch.randn(3 * width, width).to(dtype)
+    qk = torch.randn(2 * width, width).to(dtype)
     rule, state = ExitRule(RuleKind.NEVER), torch.zeros(3, 2, dtype=torch.int32)
-    matrix, bias = torch.randn(7, 3 * width).to(dtype), torch.randn(7)
+    matrix, bias = torch.randn(7, 6 * width).to(dtype), torch.randn(7)
     for x in (tokens, view):
         local = lph_pool(x, grid, prefix, weights, backend="cpp")
-        spread = gah_pool(x, grid, prefix, qkv, 4, 2, "average", backend="cpp")
+        spread = gah_pool(x, grid, prefix, qk, 4, 2, "average", backend="cpp")
         step = exit_step(spread, x, 2, matrix, bias, rule, state, backend="cpp")
         if x is tokens:
             expected = (local, spread, step.logits)
@@ -126,10 +126,10 @@ def test_an_image_does_not_depend_on_its_batch(backend_of_linear, monkeypatch):
     monkeypatch.setenv("LGVIT_LINEAR", backend_of_linear)
     tokens = tokens_of(9, (14, 14), 1, 96, torch.float32)
     weights = lph_weights(96, torch.float32, full=True)
-    qkv = torch.randn(3 * 96, 96) * 0.1
+    qk = torch.randn(2 * 96, 96) * 0.1
     for op in (
         lambda x: lph_pool(x, (14, 14), 1, weights, backend="cpp"),
-        lambda x: gah_pool(x, (14, 14), 1, qkv, 8, 2, backend="cpp"),
+        lambda x: gah_pool(x, (14, 14), 1, qk, 8, 2, backend="cpp"),
     ):
         together = op(tokens)
         alone = torch.cat([op(tokens[i : i + 1]) for i in range(9)])
@@ -138,14 +138,14 @@ def test_an_image_does_not_depend_on_its_batch(backend_of_linear, monkeypatch):
 
 def test_a_nan_stays_in_its_image():
     tokens = tokens_of(3, (6, 6), 1, 64, torch.float32)
-    weights, qkv = lph_weights(64, torch.float32, full=True), torch.randn(192, 64)
+    weights, qk = lph_weights(64, torch.float32, full=True), torch.randn(128, 64)
     clean = lph_pool(tokens, (6, 6), 1, weights, backend="cpp")
-    spread = gah_pool(tokens, (6, 6), 1, qkv, backend="cpp")
+    spread = gah_pool(tokens, (6, 6), 1, qk, backend="cpp")
     tokens[1, 1] = torch.nan
     poisoned = lph_pool(tokens, (6, 6), 1, weights, backend="cpp")
     assert poisoned[1].isnan().any()
     torch.testing.assert_close(poisoned[::2], clean[::2], rtol=0, atol=0)
-    poisoned = gah_pool(tokens, (6, 6), 1, qkv, backend="cpp")
+    poisoned = gah_pool(tokens, (6, 6), 1, qk, backend="cpp")
     assert poisoned[1].isnan().all()
     torch.testing.assert_close(poisoned[::2], spread[::2], rtol=0, atol=0)
 
@@ -212,7 +212,7 @@ def test_inference_mode_autocast_and_gradients():
     expected = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         pooled = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
-        spread = gah_pool(tokens, (4, 4), 1, torch.randn(192, 64), backend="cpp")
+        spread = gah_pool(tokens, (4, 4), 1, torch.randn(128, 64), backend="cpp")
     torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
     assert spread.dtype == torch.float32 and spread.isfinite().all()
     weights.weight.requires_grad_()
@@ -229,18 +229,18 @@ def test_inference_mode_autocast_and_gradients():
 def test_prepared_weights_follow_changes(monkeypatch):
     monkeypatch.setenv("LGVIT_LINEAR", "packed")
     tokens = tokens_of(2, (4, 4), 1, 64, torch.float32)
-    weights, qkv = (
+    weights, qk = (
         lph_weights(64, torch.float32, full=False),
-        torch.randn(192, 64, generator=torch.Generator().manual_seed(0)),
+        torch.randn(128, 64, generator=torch.Generator().manual_seed(0)),
     )
-    before = gah_pool(tokens, (4, 4), 1, qkv, backend="cpp")
+    before = gah_pool(tokens, (4, 4), 1, qk, backend="cpp")
     lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
     weights.weight.mul_(2)
-    qkv[:64].mul_(2)
+    qk[:64].mul_(2)
     after = lph_pool(tokens, (4, 4), 1, weights, backend="cpp")
     torch.testing.assert_close(after, lph_pool_reference(tokens, (4, 4), 1, weights))
-    changed = gah_pool(tokens, (4, 4), 1, qkv, backend="cpp")
-    expected = gah_pool_reference(tokens, (4, 4), 1, qkv, 8, 2, "subsample")
+    changed = gah_pool(tokens, (4, 4), 1, qk, backend="cpp")
+    expected = gah_pool_reference(tokens, (4, 4), 1, qk, 8, 2, "subsample")
     torch.testing.assert_close(changed, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(before, changed)
     weights.weight.data.mul_(0.5)  # escapes the version counter
@@ -298,11 +298,11 @@ def test_wrong_vectors_are_value_errors(bad):
 def test_registered_operators():
     ops = torch.ops.lgvit_fast
     tokens = tokens_of(2, (5, 4), 2, 40, torch.float32)
-    weights, qkv = lph_weights(40, torch.float32, full=True), torch.randn(120, 40)
+    weights, qk = lph_weights(40, torch.float32, full=True), torch.randn(80, 40)
     sliced = torch.randn(2, 26, 80)[:, 2:24, ::2]
     for x in (tokens, sliced):
         torch.library.opcheck(ops.lph_pool_cpp, (x, 5, 4, 2, *weights))
-        torch.library.opcheck(ops.gah_pool_cpp, (x, 5, 4, 2, qkv, 8, 2, False))
+        torch.library.opcheck(ops.gah_pool_cpp, (x, 5, 4, 2, qk, 8, 2, False))
         step = (torch.randn(2, 2, 40), x, 1, torch.randn(6, 120), torch.randn(6))
         state = torch.zeros(2, 2, dtype=torch.int32)
         torch.library.opcheck(ops.exit_step_cpp, (*step, 1, 0.5, 0, state))

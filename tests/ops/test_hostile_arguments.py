@@ -52,7 +52,7 @@ def test_no_image_at_all_is_fine():
     ops = torch.ops.lgvit_fast
     tokens, state = torch.randn(0, 13, 16), torch.zeros(0, 2, dtype=torch.int32)
     assert ops.lph_pool_cpp(**lph_arguments(tokens=tokens)).shape == (0, 2, 16)
-    assert ops.gah_pool_cpp(**gah_arguments(tokens=tokens)).shape == (0, 1, 16)
+    assert ops.gah_pool_cpp(**gah_arguments(tokens=tokens)).shape == (0, 4, 16)
     logits, leave, valid = ops.exit_step_cpp(
         **step_arguments(pooled=torch.randn(0, 2, 16), tokens=tokens, state=state)
     )
