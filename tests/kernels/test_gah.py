@@ -63,7 +63,7 @@ def test_more_tokens_than_a_tile(grid: tuple[int, int], stride: int, pool: str) 
 
 @pytest.mark.parametrize(
     ("batch", "heads", "group", "dtype"),
-    [(17, 2, 1, torch.float32), (33, 4, 2, torch.float32), (51, 3, 3, torch.bfloat16)],
+    [(17, 2, 1, torch.float32), (32, 4, 2, torch.float32), (48, 3, 3, torch.bfloat16)],
     ids=["one", "half", "all"],
 )
 def test_programs_that_own_several_heads(
