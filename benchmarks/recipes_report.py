@@ -329,7 +329,7 @@ def _cell(value: Sequence[float | None]) -> str:
 
 
 STYLES = {
-    "self_distillation": ("#d1242f", "o"),
+    "lgvit_joint": ("#d1242f", "o"),
     "lgvit": ("#1f77b4", "s"),
     "vit_ee": ("#2a9d4a", "^"),
     "sdn": ("#e07b00", "v"),
