@@ -219,7 +219,7 @@ class Training:
 
 TRAININGS = {
     "lgvit": Training("lgvit"),
-    "self_distillation": Training("self_distillation"),
+    "lgvit_joint": Training("lgvit_joint"),
     "sdn": Training("sdn"),
     "pabee": Training("pabee"),  # and pcee, which differs only in when an image leaves
     "vit_ee": Training("vit_ee"),
@@ -229,15 +229,12 @@ TRAININGS = {
 MAIN = tuple(TRAININGS)
 LOCAL_LINEAR = ("lph_full",) * 2 + ("lph_light",) * 2 + ("linear",) * 4
 TRAININGS |= {
-    "self_distillation_local_linear": Training("self_distillation", heads=LOCAL_LINEAR),
-    "self_distillation_linear": Training("self_distillation", heads="linear"),
-    "no_second_stage": Training("lgvit", second=0.0),
+    "self_distillation_local_linear": Training(
+        "lgvit_joint", strategy="self_distillation", heads=LOCAL_LINEAR
+    ),
     "lgvit_cold": Training("lgvit", warm=False),
-    "self_distillation_cold": Training("self_distillation", warm=False),
-    "labels_only": Training("self_distillation", alpha=0.0),
-    "teacher_only": Training("self_distillation", alpha=1.0),
-    "joint": Training("lgvit", strategy="normal", second=0.0),
-    "weighted_no_alternation": Training("lgvit", strategy="weighted", second=0.0),
+    "self_distillation": Training("lgvit_joint", strategy="self_distillation"),
+    "labels_only": Training("lgvit_joint", strategy="self_distillation", alpha=0.0),
 }
 
 

@@ -39,7 +39,7 @@ KINDS = {
     "Patience": "patience",
     "PatientConfident": "patient_confident",
 }
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantile of Student's t
+STUDENT = {2: 4.30, 3: 3.18, 4: 2.78}  # 97.5 % quantile of Student's t
 TITLES = {"cifar10": "CIFAR-10", "tiny_imagenet": "Tiny-ImageNet"}
 
 # mean cost of an image, of a histogram (shares, E + 1) of where images leave
@@ -164,9 +164,9 @@ def _join(a: Outcome | None, b: Outcome | None) -> Outcome | None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of the 95 % interval of Student's t over seeds; None for one seed."""
+    """Mean, and half of the 95 % interval of Student's t over seeds; None below three."""
     array = np.asarray(values, dtype=float)
-    if len(array) < 2:
+    if len(array) < 3:
         return float(array.mean()), None
     half = STUDENT.get(len(array) - 1, 2.0) * array.std(ddof=1) / len(array) ** 0.5
     return float(array.mean()), float(half)
@@ -329,7 +329,7 @@ def _cell(value: Sequence[float | None]) -> str:
 
 
 STYLES = {
-    "self_distillation": ("#d1242f", "o"),
+    "lgvit_joint": ("#d1242f", "o"),
     "lgvit": ("#1f77b4", "s"),
     "vit_ee": ("#2a9d4a", "^"),
     "sdn": ("#e07b00", "v"),

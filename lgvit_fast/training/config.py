@@ -149,7 +149,7 @@ class TrainConfig:
         heads: head of each exit (`lph_full`, `lph_light`, `gah_2`, ...) or one for all (`linear`,
             `vit_ee`, `conv`, `attention`, `mlp`); None: the default rule.
         recipe: a compared method, whose heads, stage 1 strategy, stages and exit policy are taken:
-            `sdn`, `pabee`, `berxit`, `vit_ee`, `pcee`, `lgvit` or `self_distillation`.
+            `sdn`, `pabee`, `berxit`, `vit_ee`, `pcee`, `lgvit` or `lgvit_joint`.
         num_classes: None: as many as the data has.
 
         data: folder or tar of class folders, root of a named dataset, or `digits` (bundled).

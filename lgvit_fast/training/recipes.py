@@ -81,10 +81,10 @@ RECIPES = {
         stages="both",
         policy=Confidence(),
     ),
-    "self_distillation": Recipe(
-        "of this project, after Phuong and Lampert, ICCV 2019, and Zhang et al., ICCV 2019",
+    "lgvit_joint": Recipe(
+        "of this project: LGViT's heads, trained jointly in one stage",
         heads="lgvit",
-        strategy="self_distillation",
+        strategy="weighted",
         stages="1",
         policy=Confidence(),
     ),

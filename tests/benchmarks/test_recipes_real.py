@@ -77,7 +77,7 @@ def test_accuracy_at_a_ratio_by_hand():
 def test_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
-    assert interval([5.0]) == (5.0, None)
+    assert interval([5.0, 7.0]) == (6.0, None)
 
 
 def test_images_are_mirrored_by_seed_epoch_and_place():
