@@ -21,7 +21,7 @@ LANGUAGES = {"python", "sh", "json", "text", "yaml", "cpp"}
 REASONS = {
     "measures for minutes": 16,
     "trains for minutes": 10,
-    "needs hundreds of images": 4,
+    "needs hundreds of images": 5,
     "needs the network": 4,
     "needs files of other programs": 3,
     "needs several processes": 2,

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "Graph",
     "SegmentOutput",
     "load_runtime",
+    "openvino_core",
     "why_missing",
 ]
 
@@ -141,7 +143,7 @@ def _openvino(threads: int) -> Callable[[bytes], _Loaded]:
     from openvino import properties
     from openvino.properties import hint
 
-    core = openvino.Core()
+    core = openvino_core()
     settings: dict[Any, Any] = {
         hint.performance_mode: hint.PerformanceMode.LATENCY,
         hint.inference_precision: openvino.Type.f32,  # else bfloat16 where the processor has it
@@ -194,6 +196,19 @@ def _executorch(threads: int) -> Callable[[bytes], list[_Loaded]]:
         return [ready(program, name) for name in methods]
 
     return load
+
+
+@cache
+def openvino_core() -> Any:
+    """One for the process, and for as long as it lives.
+
+    Each core sets an alternate signal stack, and brings back the one before when it goes. Of two that
+    go in the order they came, the second brings back memory that the first has freed: the next signal
+    kills the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _row_scales(model: Any) -> dict[Any, Any]:

@@ -22,7 +22,7 @@ from lgvit_fast.deploy.int8_export import Int8Refused
 from lgvit_fast.deploy.manifest import Manifest
 from lgvit_fast.evaluation import record
 from lgvit_fast.evaluation.exported import ExportedModel
-from lgvit_fast.runtimes.loaders import RUNTIMES, _row_scales
+from lgvit_fast.runtimes.loaders import RUNTIMES, _row_scales, openvino_core
 from tests.deploy import exports
 from tests.helpers import images, tiny_model
 
@@ -228,9 +228,7 @@ def test_auto_takes_the_runtime_that_multiplies_in_int8(monkeypatch):
 
 
 def test_int8_weights_set_how_many_values_share_a_scale():
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     for place, expected in ((folder(), [64]), (exports.folder(), [])):
         model = core.read_model(model=(place / "segment_1.onnx").read_bytes())
         assert list(_row_scales(model).values()) == expected

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -372,6 +373,36 @@ def test_a_forked_child_does_not_wait_for_threads_it_lacks(exported, speeds):
             os._exit(0 if runs_on(auto, 2) == "torch" and "survive the fork" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+SIGNALLED = """
+import faulthandler, gc, signal
+import onnx
+from onnx import TensorProto, helper
+from lgvit_fast.runtimes.loaders import load_runtime
+
+faulthandler.enable()
+ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "logits")]
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["logits"])], "g", ends[:1], ends[1:])
+data = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+first, second = (load_runtime("openvino", 1)[1](data.SerializeToString()) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no signals")
+def test_a_signal_after_openvino_was_let_go():
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 # What is refused
