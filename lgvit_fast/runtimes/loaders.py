@@ -115,17 +115,16 @@ def _graph(
 def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # The graphs run one after the other: idle threads of one must not spin while another works.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors come as exceptions
-
     def load(data: bytes) -> _Loaded:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # The graphs run one after the other: idle threads of one must not spin while another works.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Where only weights are int8 they become float32 now; else each call would do that anew.
         fuse = b"QuantizeLinear" in data
         options.add_session_config_entry("session.disable_quant_qdq", "0" if fuse else "1")
+        options.log_severity_level = 3  # errors come as exceptions
         session = onnxruntime.InferenceSession(
             data, sess_options=options, providers=["CPUExecutionProvider"]
         )
