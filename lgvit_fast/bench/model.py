@@ -371,6 +371,8 @@ def run(args: argparse.Namespace) -> int:
             failed += [(size, reason) for reason in (*unexported, *broken)]
             if plan is not None and PLANNED in measured:
                 plans.append(_checked(plan, size, rows))
+            if args.json is not None:  # now, so that a run that is stopped leaves what it measured
+                _save(args, trace, rows, failed, left_out, plans)
     facts = machine()
     print(f"{args.model}, {args.dtype}, {device}\ntrace {trace}")
     print(
@@ -387,25 +389,33 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.png is not None:
         plot(rows, args.png, f"{args.model}, {args.dtype}, {device}")
-    if args.json is not None:
-        save_json(
-            args.json,
-            {
-                "model": args.model,
-                "dtype": args.dtype,
-                "trace": asdict(trace),
-                "images": args.images,
-                "rounds": args.rounds,
-                "command": " ".join(sys.argv[1:]),
-                "commit": _commit(),
-                "machine": facts,
-                "rows": [asdict(row) for row in rows],
-                "failed": [{"batch_size": size, **f._asdict()} for size, f in failed],
-                "left_out": [missing._asdict() for missing in left_out],
-                "plans": plans,
-            },
-        )
     return 0
+
+
+def _save(
+    args: argparse.Namespace,
+    trace: Trace,
+    rows: Sequence[Row],
+    failed: Sequence[tuple[int, LeftOut]],
+    left_out: Sequence[LeftOut],
+    plans: Sequence[dict[str, Any]],
+) -> None:
+    """Write what was measured so far, with the command and the machine."""
+    content = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "trace": asdict(trace),
+        "images": args.images,
+        "rounds": args.rounds,
+        "command": " ".join(sys.argv[1:]),
+        "commit": _commit(),
+        "machine": machine(),
+        "rows": [asdict(row) for row in rows],
+        "failed": [{"batch_size": size, **reason._asdict()} for size, reason in failed],
+        "left_out": [missing._asdict() for missing in left_out],
+        "plans": list(plans),
+    }
+    save_json(args.json, content)
 
 
 def _model(name: str, trace: Trace) -> LGViT:

@@ -38,7 +38,7 @@ class Deployed:
 
     Args:
         folder: what `lgvit_fast.export` wrote. It need not be trusted: hashes are verified, fields
-            validated, and no file outside it is opened.
+            validated, and no file outside it is opened. An ExecuTorch program does need to be.
         runtime: "onnxruntime", "openvino", or "auto" for the first of them that is installed; the
             other way round for int8, in which OpenVINO alone multiplies. "executorch" or "auto" for an
             export in that format.

@@ -79,24 +79,25 @@ def end_exit_(
     """
     if step.logits.dtype != answer[0].dtype:
         step = step._replace(logits=step.logits.to(answer[0].dtype))
-    place = (index, layer)
-    return _end_exit(
-        step.logits, step, tokens, rows, state, answer, place, into, counts, backend=backend
-    )
+    call = _Call(step, tokens, rows, state, answer, (index, layer), into, counts)
+    return _end_exit(step.logits, call, backend=backend)
 
 
-def _run_cpp(
-    logits: Tensor,
-    step: ExitStep,
-    tokens: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    answer: Sequence[Tensor],
-    place: tuple[int, int],
-    into: Tensor | None,
-    counts: Counts | None,
-) -> int | None:
-    on_gpu = logits.is_cuda
+class _Call(NamedTuple):
+    """The arguments of `end_exit_`, logits in the dtype of the answer; `place` is index and layer."""
+
+    step: ExitStep
+    tokens: Tensor
+    rows: Tensor
+    state: Tensor
+    answer: Sequence[Tensor]
+    place: tuple[int, int]
+    into: Tensor | None
+    counts: Counts | None
+
+
+def _run_cpp(logits: Tensor, call: _Call) -> int | None:
+    counts, on_gpu = call.counts, logits.is_cuda
     if counts is None:
         told = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
         entering, written = None, [told]
@@ -105,18 +106,8 @@ def _run_cpp(
         entering, scratch = counts.entering, counts.scratch
         written = [counts.survivors] if counts.told is None else [counts.survivors, counts.told]
     torch.ops.lgvit_fast.end_exit_(
-        logits,
-        step.leave,
-        step.valid,
-        tokens,
-        into,
-        rows,
-        state,
-        list(answer),
-        entering,
-        written,
-        scratch,
-        *place,
+        *(*call.step, call.tokens, call.into, call.rows, call.state, list(call.answer)),
+        *(entering, written, scratch, *call.place),
     )
     if counts is not None:
         return None
@@ -125,75 +116,39 @@ def _run_cpp(
     return int(told)
 
 
-def _run_torch(
-    logits: Tensor,
-    step: ExitStep,
-    tokens: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    answer: Sequence[Tensor],
-    place: tuple[int, int],
-    into: Tensor | None,
-    counts: Counts | None,
-) -> int | None:
+def _run_torch(logits: Tensor, call: _Call) -> int | None:
     """The reference: what every backend is compared with."""
-    if counts is None:
-        return _waiting(logits, step, tokens, rows, state, answer, place, into)
-    _without_wait(logits, step, tokens, rows, state, answer, place, into, counts)
+    if call.counts is None:
+        return _waiting(call)
+    _without_wait(call, call.counts)
     return None
 
 
-def _waiting(
-    logits: Tensor,
-    step: ExitStep,
-    tokens: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    answer: Sequence[Tensor],
-    place: tuple[int, int],
-    into: Tensor | None,
-) -> int:
-    answer_logits, exit_index, exit_layer, nonfinite = answer
-    leavers = rows[step.leave]
-    answer_logits.index_copy_(0, leavers, logits[step.leave])
-    exit_index.index_fill_(0, leavers, place[0])
-    exit_layer.index_fill_(0, leavers, place[1])
-    nonfinite.index_fill_(0, rows[~step.valid], True)
-    n: int = compact_(tokens, ~step.leave, rows, state, backend="torch")
-    if into is not None:
-        into[:n] = tokens[:n]
+def _waiting(call: _Call) -> int:
+    step, rows = call.step, call.rows
+    _answer(call, rows[step.leave], step.logits[step.leave], rows[~step.valid])
+    n: int = compact_(call.tokens, ~step.leave, rows, call.state, backend="torch")
+    if call.into is not None:
+        call.into[:n] = call.tokens[:n]
     return n
 
 
-def _without_wait(
-    logits: Tensor,
-    step: ExitStep,
-    tokens: Tensor,
-    rows: Tensor,
-    state: Tensor,
-    answer: Sequence[Tensor],
-    place: tuple[int, int],
-    into: Tensor | None,
-    counts: Counts,
-) -> None:
+def _without_wait(call: _Call, counts: Counts) -> None:
     """With sizes that do not depend on the values, so that a graph can hold it."""
-    answer_logits, exit_index, exit_layer, nonfinite = answer
-    spare = len(exit_index) - 1  # written by all that must write nothing
+    step, rows, state = call.step, call.rows, call.state
+    spare = len(call.answer[0]) - 1  # written by all that must write nothing
     places = torch.arange(len(rows), device=rows.device)
     real = places < counts.entering
     leavers = torch.where(real & step.leave, rows, spare)
-    answer_logits.index_copy_(0, leavers, logits)
-    exit_index.index_fill_(0, leavers, place[0])
-    exit_layer.index_fill_(0, leavers, place[1])
-    nonfinite.index_fill_(0, torch.where(real & ~step.valid, rows, spare), True)
+    _answer(call, leavers, step.logits, torch.where(real & ~step.valid, rows, spare))
 
     keep = real & ~step.leave
     kept = keep.cumsum(0)
     count = kept[-1]
     to = torch.where(keep, kept - 1, count + places - kept)
     order = torch.empty_like(places).scatter_(0, to, places)  # survivors first
-    moved = tokens[order]
-    (tokens if into is None else into[: len(rows)]).copy_(moved)
+    moved = call.tokens[order]
+    (call.tokens if call.into is None else call.into[: len(rows)]).copy_(moved)
     rows.copy_(rows[order])
     state.copy_(state[order])
     counts.survivors.copy_(count)
@@ -201,12 +156,19 @@ def _without_wait(
         counts.told.copy_(count, non_blocking=True)
 
 
-def _refuse_cpp(
-    logits: Tensor, step: ExitStep, tokens: Tensor, rows: Tensor, *args: object
-) -> str | None:
-    if logits.is_cuda and len(rows) > MAX_CUDA_ROWS:
+def _answer(call: _Call, leavers: Tensor, logits: Tensor, invalid: Tensor) -> None:
+    """Write the answers of those that leave, and flag those whose logits are no numbers."""
+    answer_logits, exit_index, exit_layer, nonfinite = call.answer
+    answer_logits.index_copy_(0, leavers, logits)
+    exit_index.index_fill_(0, leavers, call.place[0])
+    exit_layer.index_fill_(0, leavers, call.place[1])
+    nonfinite.index_fill_(0, invalid, True)
+
+
+def _refuse_cpp(logits: Tensor, call: _Call) -> str | None:
+    if logits.is_cuda and len(call.rows) > MAX_CUDA_ROWS:
         return f"the CUDA kernel takes at most {MAX_CUDA_ROWS} rows"
-    if torch.is_grad_enabled() and (tokens.requires_grad or logits.requires_grad):
+    if torch.is_grad_enabled() and (call.tokens.requires_grad or logits.requires_grad):
         return "it has no gradient, and a tensor requires one"
     return None
 
