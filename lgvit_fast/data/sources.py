@@ -140,7 +140,7 @@ def open_dataset(data: str, dataset: str = "", split: str = "train", download: b
         raise ImportError(f"{dataset!r} needs a package that is not installed: {error}") from error
     except (RuntimeError, AssertionError, OSError) as error:
         if not dataset:
-            raise ValueError(f"no images in class folders in {data!r}: {error}") from error
+            raise ValueError(f"no images in {data!r}: {error}") from error
         hint = "" if download else " (download=True fetches what can be fetched)"
         raise FileNotFoundError(
             f"cannot open {dataset!r}, split {split!r}, in {data!r}{hint}: {error}"

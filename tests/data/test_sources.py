@@ -186,7 +186,7 @@ def test_wrong_places_get_a_plain_message(folder, tmp_path):
     with pytest.raises(ValueError, match=r"expected a folder or a \.tar"):
         open_dataset(str(folder / "cat" / "0.png"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in class folders"):
+    with pytest.raises(ValueError, match="no images in"):
         open_dataset(str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"cannot open 'torch/cifar10'.*download=True"):
         open_dataset(str(tmp_path), "torch/cifar10")
