@@ -113,6 +113,22 @@ def simulate(
     return Outcome(now, worked / (now * len(hosted)))
 
 
+def simulate_calls(costs: Costs, exits: Sequence[int], batch_size: int, devices: int) -> float:
+    """Seconds to answer images in batches that stay together, each on the next device that is free.
+
+    That is what `lgvit_fast.scale.Predictor` does: a batch that loses images is not refilled.
+    """
+    free = [0.0] * devices
+    for start in range(0, len(exits), batch_size):
+        batch = exits[start : start + batch_size]
+        seconds = costs.at(costs.embed, len(batch))
+        for segment, (blocks, head) in enumerate(zip(costs.blocks, costs.heads, strict=True)):
+            rows = sum(exit >= segment for exit in batch)
+            seconds += costs.at(blocks, rows) + costs.at(head, rows)
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
+
+
 def split(costs: Costs, trace: Trace, batch_size: int, devices: int, parts: int = 4) -> list[range]:
     """The model in so many parts (fewer on fewer devices), each on one device or several.
 
@@ -196,7 +212,7 @@ def measure(name: str, trace: Trace, batch_size: int, images: int) -> tuple[Cost
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--costs", type=Path, help="json of an earlier --json")
+    parser.add_argument("--costs", type=Path, help="json of an earlier --json, or of scale_ray's")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--images", type=int, default=50_000, help="to answer in the simulation")
     parser.add_argument("--calibrate", type=int, default=64, help="images of the real run")

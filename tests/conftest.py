@@ -13,6 +13,7 @@ SLOW = (
     "tests/inference/test_engine.py::test_compiled_blocks",
     "tests/kernels/test_interpreter.py",
     "tests/ops/test_dispatch.py::test_environment_variable",
+    "tests/scale/test_ray.py",
     "tests/test_docs.py::test_every_snippet_runs",
     "tests/test_docs.py::test_the_notebook_runs",
     "tests/test_model.py::TestCompile",

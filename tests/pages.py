@@ -52,6 +52,7 @@ NOT_RUN = {
     "pytest": "this is pytest",
     "python": "scripts have tests of their own",
     "torchrun": "starts several processes",
+    "ray": "starts several processes",
     "git": "changes the checkout",
 }
 

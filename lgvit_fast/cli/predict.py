@@ -250,21 +250,13 @@ class _Files:
 
 def _files(paths: list[str]) -> Iterator[str]:
     """The files that the arguments name; what does not exist stays in, to be reported."""
-    from lgvit_fast.data.suffixes import is_image
+    from lgvit_fast.data.suffixes import image_files
 
     for path in paths:
         if path == "-":
             yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
-            found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if is_image(name)
-            )
-            if not found:
-                raise FileNotFoundError(f"no images in the folder {path!r}")
-            yield from found
+            yield from image_files(path)
         else:
             yield path
 

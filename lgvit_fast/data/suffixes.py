@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["IMAGE_SUFFIXES", "is_image", "timm_reads_all"]
+__all__ = ["IMAGE_SUFFIXES", "image_files", "is_image", "timm_reads_all"]
 
 # In small letters; capitals are the same.
 IMAGE_SUFFIXES = (
@@ -16,6 +17,24 @@ IMAGE_SUFFIXES = (
 def is_image(name: str) -> bool:
     """Whether a file of this name is taken for an image."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def image_files(folder: str | os.PathLike[str]) -> list[str]:
+    """The image files in a folder and below, sorted.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    path = os.fspath(folder)
+    found = sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(path)
+        for name in names
+        if is_image(name)
+    )
+    if not found:
+        raise FileNotFoundError(f"no images in the folder {path!r}")
+    return found
 
 
 @contextmanager

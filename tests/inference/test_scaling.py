@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.simulate_scaling import Outcome, simulate, split, table
+from benchmarks.simulate_scaling import Outcome, simulate, simulate_calls, split, table
 from lgvit_fast.bench.traces import Trace
 from lgvit_fast.inference import Costs
 
@@ -36,6 +36,14 @@ def test_partial_batches_wait_for_those_still_on_their_way():
     fixed = Costs((1, 4), (0.0, 0.0), ((1.0, 1.0), (1.0, 1.0)), ((0.0, 0.0), (0.0, 0.0)))
     outcome = simulate(fixed, [0, 1, 0, 1] * 4, 4, [range(2)])
     assert outcome.seconds == pytest.approx(4 + 2)
+
+
+def test_batches_that_stay_together():
+    """Batches of two: 3 + 1 and 3 + 3 seconds, 3 for the last; two devices share them 7 : 6."""
+    exits = [0, 1, 1, 1, 0, 0]
+    fixed = Costs((1, 2), (0.0, 0.0), ((3.0, 3.0), (1.0, 3.0)), ((0.0, 0.0), (0.0, 0.0)))
+    assert simulate_calls(fixed, exits, 2, 1) == pytest.approx(4 + 6 + 3)
+    assert simulate_calls(fixed, exits, 2, 2) == pytest.approx(4 + 3)
 
 
 def test_a_split_balances_the_work():
