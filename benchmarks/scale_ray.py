@@ -135,7 +135,12 @@ def main() -> int:
         folder = lgvit_fast.export(model.eval(), Path(temporary, "exported"))
         paths = make_files(Path(temporary), args.images)
         costs = measure_costs(Deployed(folder, threads=1), paths, args.batch_size)
-        ray.init(num_cpus=max(args.actors), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=max(args.actors),
+            include_dashboard=False,
+            log_to_driver=False,
+        )
         ray.data.DataContext.get_current().wait_for_min_actors_s = 120  # all begin together
         ray.data.DataContext.get_current().enable_progress_bars = False
         taken: dict[int, list[tuple[float, float]]] = {actors: [] for actors in args.actors}

@@ -143,22 +143,20 @@ def predict(
 
     Raises:
         FileNotFoundError: a folder without images.
-        ValueError: an empty list; or the output, not on this machine, exists already.
+        ValueError: an empty list, or a name that is not UTF-8; or the output, not on this machine,
+            exists already.
         FileExistsError: the output exists already.
     """
-    import ray
-
-    given = image_files(images) if isinstance(images, str | os.PathLike) else images
-    paths = [{"path": os.fspath(path)} for path in given]
-    if not paths:
-        raise ValueError("images is empty, expected a folder or a list of files")
+    paths = _names(image_files(images) if isinstance(images, str | os.PathLike) else images)
     if os.path.exists(output):  # `mode` below looks at any address, but when images are answered
         raise FileExistsError(f"output {output!r} exists, expected a new folder")
+    import ray
+
     if not ray.is_initialized():
         ray.init()
     if actors is None:
         actors = max(1, int(ray.cluster_resources()["CPU"]) // threads)
-    answers = ray.data.from_items(paths).map_batches(
+    answers = ray.data.from_items([{"path": path} for path in paths]).map_batches(
         Predictor,
         fn_constructor_args=(os.fspath(folder),),
         fn_constructor_kwargs=options,
@@ -172,6 +170,19 @@ def predict(
         concurrency=-(-actors // _ACTORS_A_WRITER),
         ray_remote_args={"num_cpus": 0},  # actors may hold every processor; writing needs little
     )
+
+
+def _names(files: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The files' names, which a table can hold."""
+    names = [os.fspath(file) for file in files]
+    if not names:
+        raise ValueError("images is empty, expected a folder or a list of files")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name!r} is not UTF-8, as a name in Parquet has to be") from None
+    return names
 
 
 def _schema(top_k: int) -> pyarrow.Schema:

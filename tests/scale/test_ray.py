@@ -20,17 +20,19 @@ COLUMNS = ["path", "label", "class_index", "confidence", "exit_index", "exit_lay
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Logical processors for two actors and two replicas at once."""
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    """Processors, as Ray counts them, for two actors, and later for two replicas."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+        )
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,21 @@ def check(rows, photos, times=1):
     assert len(set(expected.exit_index.tolist())) > 1
 
 
+@pytest.mark.parametrize(
+    ("images", "output", "error", "text"),
+    [
+        ([], "new", ValueError, "images is empty"),
+        (["a\udcff.png"], "new", ValueError, "not UTF-8"),
+        ("nothing", "new", FileNotFoundError, "no images in the folder 'nothing'"),
+        (["a.png"], ".", FileExistsError, "expected a new folder"),  # rows would be there twice
+    ],
+    ids=["empty", "name", "folder", "output"],
+)
+def test_what_cannot_be_done_is_said_at_once(images, output, error, text):
+    with pytest.raises(error, match=text):
+        scale.predict("exported", images, output)
+
+
 def test_a_folder_becomes_parquet(cluster, photos, tmp_path):
     import pyarrow.parquet
 
@@ -80,8 +97,6 @@ def test_a_folder_becomes_parquet(cluster, photos, tmp_path):
     table = pyarrow.parquet.read_table(output)
     assert table.column_names == COLUMNS
     check(table.to_pylist(), photos)
-    with pytest.raises(FileExistsError, match="expected a new folder"):  # else its rows would be there twice
-        scale.predict(exports.folder(), photos, output)
 
 
 def test_an_actor_that_dies_costs_no_row_and_repeats_none(cluster, photos, tmp_path):
