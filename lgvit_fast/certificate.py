@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lgvit_fast.policies import Patience, Policy, from_dict
+
 __all__ = ["Certificate", "Check"]
 
 GOALS = ("max_drop", "min_agreement", "budget_layers", "budget_ms")
@@ -76,6 +78,9 @@ class Certificate:
         date: when, ISO 8601 in UTC.
         model: SHA-256 of the weights, or None if only a recording was at hand.
         note: what else must be said, such as that the goal could not be reached; may be empty.
+        path: thresholds (of a patience policy: exits in a row) from cautious to bold, the last one the
+            policy's own, that all passed the test: with the confidence given, the bound holds of every
+            one of them. Empty where nothing is certified.
     """
 
     goal: str
@@ -94,6 +99,7 @@ class Certificate:
     date: str
     model: str | None = None
     note: str = ""
+    path: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.goal not in GOALS:
@@ -105,6 +111,8 @@ class Certificate:
                 f"exit_counts={self.exit_counts}, expected {len(self.layers)} counts of images,"
                 f" for the classifiers after blocks {self.layers}"
             )
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in self.path):
+            raise ValueError(f"path={self.path}, expected finite numbers")
 
     def __str__(self) -> str:
         sure = f"With {100 * self.confidence:g} % confidence"
@@ -141,9 +149,23 @@ class Certificate:
             values = dict(saved)
             for name in ("layers", "exit_counts"):
                 values[name] = tuple(values[name])
+            values["path"] = tuple(values.get("path", ()))
             return cls(**values)
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a certificate: {type(error).__name__}: {error}") from None
+
+    def policies(self) -> list[Policy]:
+        """The policies that the bound holds of, from cautious to bold: one a place of `path`.
+
+        Raises:
+            ValueError: the path is not one of the policy's.
+        """
+        policy = from_dict(self.policy)
+        field = "patience" if isinstance(policy, Patience) else "threshold"
+        found = [dataclasses.replace(policy, **{field: value}) for value in self.path]  # type: ignore[type-var]
+        if found and found[-1] != policy:
+            raise ValueError(f"the certificate's path ends at {found[-1]}, its policy is {policy}")
+        return found
 
     def require(self, policy: Any, layers: Sequence[int], num_classes: int) -> None:
         """Raise ValueError unless it speaks of this policy (as a dict), layers and classes."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "early exit or not: one page with accuracy and speed beside the alternatives",
     "predict": "classify image files",
     "export": "a trained model to ONNX graphs that run without torch",
+    "serve": "a model behind HTTP, each image answered when it leaves",
     "bench": "speed of the fused exits on this machine, beside the plain ones",
     "convert": "checkpoints of the published code, Hugging Face or torchvision to models, and back",
     "info": "what is installed and compiled, which backends run here, what is missing",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["check_file", "open_image", "upright"]
+__all__ = ["TooManyPixels", "check_file", "open_image", "upright"]
 
 MAX_BYTES = 2**30
 MAX_RATIO = 250  # of the sides; scaled to a short side of 224, more would take gigabytes
@@ -36,6 +37,10 @@ _TURNS = {
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
+class TooManyPixels(ValueError):
+    """An image larger than the caller allows."""
+
+
 def check_file(path: str | os.PathLike[str]) -> None:
     """Look, without opening it, whether a path (or what it links to) is a file of sensible size.
 
@@ -51,14 +56,24 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"a file of {found.st_size} bytes, expected at most {MAX_BYTES}")
 
 
-def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = "RGB") -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | IO[bytes],
+    mode: str = "RGB",
+    *,
+    max_pixels: int | None = None,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """The first picture of an image file, decoded, upright, in `mode`.
 
     Args:
         source: a path, or an open binary file.
         mode: "RGB" or "L".
+        max_pixels: width times height; None leaves it to Pillow, which warns of 89 million and
+            refuses twice as many.
+        formats: Pillow's names of those to read; None reads all. PostScript is never read.
 
     Raises:
+        TooManyPixels: more than `max_pixels`; nothing has been decoded.
         Exception: whatever the decoder raises (`OSError`, `SyntaxError`, `RuntimeError`, ...), and
             `ValueError` for what `check_file` refuses, PostScript, pixels that are no numbers, or
             one side more than 250 times the other.
@@ -66,8 +81,11 @@ def open_image(source: str | os.PathLike[str] | IO[bytes], mode: str = "RGB") ->
     if isinstance(source, str | os.PathLike):
         check_file(source)
     Image.init()
-    with Image.open(source, formats=[name for name in Image.ID if name != _EPS]) as image:
+    taken = [name for name in Image.ID if name != _EPS and (formats is None or name in formats)]
+    with Image.open(source, formats=taken) as image:
         width, height = image.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise TooManyPixels(f"{width} x {height} pixels, at most {max_pixels} are taken")
         if max(width, height) > MAX_RATIO * min(width, height):
             raise ValueError(
                 f"{width} x {height} pixels: one side is over {MAX_RATIO} times the other"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from lgvit_fast.certificate import Certificate
 from lgvit_fast.deploy.manifest import Manifest
 from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.runtimes.continuous import ContinuousBatcher
 from lgvit_fast.runtimes.loaders import Graph, load_runtime
 from lgvit_fast.runtimes.loop import Answers, GraphSegment, broken_images, checked, run_graphs
 
@@ -134,6 +135,29 @@ class Deployed:
             run_graphs(self._segments, images, policy, answers)
             self._left += np.bincount(answers.exit_index, minlength=len(self._left))
         return answers
+
+    def batcher(
+        self,
+        batch_size: int,
+        max_wait: float,
+        policies: Sequence[Policy] | None = None,
+        observe: Callable[[int, int, float], None] = lambda place, images, seconds: None,
+    ) -> ContinuousBatcher:
+        """Continuous batching over this model: for images that come one by one, as in a server.
+
+        Args:
+            batch_size: images a graph runs at most, and waits for.
+            max_wait: seconds after which an image waits no longer for others.
+            policies: those that images may be added under; None takes `self.policy` alone.
+            observe: see `ContinuousBatcher`.
+
+        Raises:
+            ValueError: a policy for another number of exits, or a number out of range.
+        """
+        policies = [self._policy] if policies is None else list(map(self._fitting, policies))
+        return ContinuousBatcher(
+            self._segments, policies, batch_size, max_wait, self._lock, observe
+        )
 
     @property
     def left(self) -> tuple[int, ...]:

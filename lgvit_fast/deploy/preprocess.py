@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,14 +40,18 @@ class Preprocessing:
     interpolation: str
     crop_pct: float
 
-    def read(self, path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    def read(self, path: str | os.PathLike[str] | IO[bytes], **limits: Any) -> NDArray[np.float32]:
         """An image file as an input `[channels, H, W]`.
+
+        Args:
+            path: a path, or an open binary file.
+            limits: `max_pixels` and `formats` of `lgvit_fast.data.images.open_image`.
 
         Raises:
             Exception: as `lgvit_fast.data.images.open_image`, for what is no readable image.
             ValueError: the model wants neither 1 nor 3 channels.
         """
-        return self(open_image(path, self._mode))
+        return self(open_image(path, self._mode, **limits))
 
     def __call__(self, image: Image) -> NDArray[np.float32]:
         """A Pillow image as an input `[channels, H, W]`."""

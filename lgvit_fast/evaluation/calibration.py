@@ -28,7 +28,7 @@ from lgvit_fast.evaluation.recording import Recording, record
 from lgvit_fast.evaluation.tradeoff import Point, measure, summarise
 from lgvit_fast.inference.planner import Costs, measure_costs
 from lgvit_fast.model import LGViT
-from lgvit_fast.policies import Confidence, Policy
+from lgvit_fast.policies import Confidence, Patience, Policy
 
 __all__ = ["Calibration", "Estimate", "Expected", "Outcomes", "calibrate", "require_enough", "walk"]
 
@@ -219,9 +219,18 @@ def calibrate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         model=weights if model is None else fingerprint(model.state_dict()),
         note=note,
+        path=_certified(curve[1 : chosen + 1]) if goal in certified else (),
     )
     return Calibration(
         point.policy, certificate, _expected(point, recording.layers, costs, seed), tuple(curve)
+    )
+
+
+def _certified(points: Sequence[Point]) -> tuple[float, ...]:
+    """What tells the policies of a path apart."""
+    return tuple(
+        policy.patience if isinstance(policy, Patience) else policy.threshold  # type: ignore[attr-defined]
+        for policy in (point.policy for point in points)
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lgvit_fast.policies import Policy
 
-__all__ = ["Answers", "GraphSegment", "TopK", "broken_images", "checked", "run_graphs"]
+__all__ = ["Answers", "GraphSegment", "TopK", "broken_images", "checked", "decide", "run_graphs"]
 
 
 class GraphSegment(NamedTuple):
@@ -120,7 +120,7 @@ def run_graphs(
         if place == len(segments) - 1:
             answers.record(rows, index, layer, output)
             return
-        output, leave = _decide(policy, index, output, state)
+        output, leave = decide(policy, index, output, state)
         answers.record(rows, index, layer, output)
         assert output.tokens is not None
         count = _compact(~leave, output.tokens, rows, broken, state)
@@ -158,7 +158,7 @@ def broken_images(images: NDArray[np.float32]) -> NDArray[np.bool_]:
     return doubtful
 
 
-def _decide(
+def decide(
     policy: Policy, index: int, output: SegmentOutput, state: NDArray[np.int32]
 ) -> tuple[SegmentOutput, NDArray[np.bool_]]:
     """The answers of an exit under a policy, and who leaves, `[n]` bool; updates `state` in place."""

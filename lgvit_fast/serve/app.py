@@ -1,0 +1,372 @@
+"""The HTTP interface: a FastAPI application around the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Receive, Scope, Send
+
+from lgvit_fast._version import __version__
+from lgvit_fast.deploy import Deployed
+from lgvit_fast.runtimes.continuous import Finished
+from lgvit_fast.serve.answers import Answer, Failure, answer, failure
+from lgvit_fast.serve.levels import Levels, certified_policies
+from lgvit_fast.serve.metrics import CONTENT_TYPE, Metrics
+from lgvit_fast.serve.settings import Settings
+from lgvit_fast.serve.uploads import FIELD, Budget, Upload, declared, read_image, uploads
+from lgvit_fast.serve.worker import Job, Worker
+
+__all__ = ["create_app"]
+
+_PAGE = Path(__file__).parent / "page"
+_BODIES = 8  # largest bodies that are held at once
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
+    " connect-src 'self'"
+)
+_GONE = 499  # what nginx calls a client that has closed its connection; nobody reads it
+
+
+def create_app(
+    deployed: Deployed,
+    settings: Settings | None = None,
+    *,
+    allowed_hosts: Sequence[str] | None = None,
+) -> FastAPI:
+    """A model behind HTTP: POST /predict, a page at /, metrics, health and OpenAPI.
+
+    The model is warmed up when the application starts, and what was accepted is answered before it
+    ends. Nobody else may call `deployed` in between, for its graphs' sake.
+
+    Args:
+        deployed: the model.
+        settings: limits and batching; None takes the defaults.
+        allowed_hosts: names that requests may give as their host; None allows any.
+
+    Raises:
+        ValueError: `slo_ms` without a certificate that has a path.
+    """
+    settings = settings or Settings()
+    service = Service(deployed, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(service.worker.start)
+        service.ready = True
+        try:
+            yield
+        finally:
+            service.ready = False
+            await asyncio.to_thread(service.close)
+
+    app = FastAPIOffline(redoc_url=None, title="lgvit_fast", version=__version__, lifespan=lifespan)
+    app.state.service = service
+    if allowed_hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
+
+    @app.exception_handler(HTTPException)
+    async def explain(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def hide(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "the server failed on this request"}, 500)
+
+    body = {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [FIELD],
+                "properties": {
+                    FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}
+                },
+            }
+        },
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    }
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": Failure} for status in (400, 408, 413, 415, 429, 500, 503, 504)
+    }
+
+    @app.post(
+        "/predict",
+        response_model=Answer,
+        responses=errors,
+        openapi_extra={"requestBody": {"required": True, "content": body}},
+    )
+    async def predict(request: Request) -> Response:
+        """Classify one image, or several: then a line of json each, as soon as it is there."""
+        return await service.predict(request)
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """Whether the process can answer; if not, start it anew."""
+        return _status("ok" if service.worker.alive or not service.ready else "the worker died")
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """Whether to send images here."""
+        return _status("ok" if service.ready and service.worker.alive else "not ready")
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.measured(), media_type=CONTENT_TYPE)
+
+    @app.get("/model")
+    def model() -> dict[str, Any]:
+        """What is served."""
+        return service.about()
+
+    @app.get("/stats")
+    def stats() -> dict[str, Any]:
+        """What this process has answered."""
+        return {
+            "exits": service.left,
+            "queue": service.worker.waiting,
+            "answered": sum(service.left),
+            "rejected": service.rejected,
+        }
+
+    @app.get("/", include_in_schema=False)
+    def index() -> Response:
+        return _static("index.html")
+
+    @app.get("/page.js", include_in_schema=False)
+    def script() -> Response:
+        return _static("page.js")
+
+    @app.get("/page.css", include_in_schema=False)
+    def style() -> Response:
+        return _static("page.css")
+
+    return app
+
+
+class Service:
+    """What the routes share: the worker, its counts, and the way of a request."""
+
+    def __init__(self, deployed: Deployed, settings: Settings) -> None:
+        self.deployed, self.settings = deployed, settings
+        policies = (
+            [deployed.policy]
+            if settings.slo_ms is None
+            else certified_policies(deployed.policy, deployed.certificate)
+        )
+        slo = None if settings.slo_ms is None else settings.slo_ms / 1000
+        self.metrics = Metrics(deployed.manifest.layers)
+        batcher = deployed.batcher(
+            settings.batch_size, settings.max_wait_ms / 1000, policies, self.metrics.ran
+        )
+        self.worker = Worker(deployed, batcher, Levels(policies, slo), settings.queue)
+        self.left = [0] * len(deployed.manifest.layers)
+        self._certified = list(self.left)  # of those answered under the certificate's own policy
+        self.rejected = 0
+        self.ready = False
+        self._budget = Budget(_BODIES * settings.max_upload)
+        self._readers = ThreadPoolExecutor(
+            len(os.sched_getaffinity(0)), thread_name_prefix="lgvit-read"
+        )
+
+    def close(self) -> None:
+        """Answer what was accepted, then end."""
+        self.worker.stop()
+        self._readers.shutdown(cancel_futures=True)
+
+    def about(self) -> dict[str, Any]:
+        """The model and the limits, as json types."""
+        manifest, settings = self.deployed.manifest, self.settings
+        certificate = self.deployed.certificate
+        return {
+            "layers": manifest.layers,
+            "heads": manifest.heads,
+            "num_classes": manifest.num_classes,
+            "size": manifest.preprocessing.size,
+            "policy": str(self.deployed.policy),
+            "certificate": None if certificate is None else str(certificate),
+            "precision": manifest.precision,
+            "runtime": self.deployed.runtime,
+            "batch_size": settings.batch_size,
+            "top_k": min(settings.top_k, manifest.num_classes),
+            "max_images": settings.max_images,
+            "max_upload_mb": settings.max_upload_mb,
+        }
+
+    def measured(self) -> bytes:
+        """The metrics' page."""
+        self.metrics.queue.set(self.worker.waiting)
+        self.metrics.level.set(self.worker.levels.level)
+        if self.deployed.certificate is not None:
+            self.metrics.check_drift(self.deployed.certificate, self._certified)
+        return self.metrics.page()
+
+    async def predict(self, request: Request) -> Response:
+        """The way of a request: body -> places -> pixels -> worker -> answers."""
+        began = time.perf_counter()
+        status = 500
+        try:
+            response = await self._predict(request, began)
+            status = response.status_code
+            return response
+        except HTTPException as error:
+            status = error.status_code
+            self.rejected += status == 429
+            raise
+        finally:
+            self.metrics.requests.labels(status).inc()
+            self.metrics.latency.observe(time.perf_counter() - began)
+
+    async def _predict(self, request: Request, began: float) -> Response:
+        if not self.ready:
+            raise HTTPException(503, "the server is starting or stopping")
+        size = declared(request, self.settings)
+        if not self._budget.take(size):
+            raise self._busy()
+        try:
+            files = await uploads(request, self.settings)
+        finally:
+            self._budget.give_back(size)
+        if not self.worker.reserve(len(files)):
+            for upload in files:
+                upload.file.close()
+            raise self._busy()
+        answers = self._answers(files)
+        if len(files) == 1:
+            return await self._one(request, answers)
+        return _Lines(answers)
+
+    async def _one(self, request: Request, answers: AsyncGenerator[Answer | Failure]) -> Response:
+        """The only answer, unless the client goes first."""
+        gone = asyncio.create_task(_disconnected(request))
+        async with aclosing(answers):
+            first = asyncio.ensure_future(anext(answers))
+            await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
+            gone.cancel()
+            if not first.done():
+                first.cancel()
+                with suppress(asyncio.CancelledError):
+                    await first
+                return Response(status_code=_GONE)
+        found = first.result()
+        if isinstance(found, Failure):
+            return JSONResponse({"error": found.error}, found.status or 500)
+        return Response(found.model_dump_json(), media_type="application/json")
+
+    async def _answers(self, files: Sequence[Upload]) -> AsyncGenerator[Answer | Failure]:
+        """An answer for each file, which has a place reserved, in the order they are finished."""
+        loop = asyncio.get_running_loop()
+        results: asyncio.Queue[tuple[int, Finished | HTTPException]] = asyncio.Queue()
+        jobs: dict[int, Job] = {}  # handed to the worker, which gives their places back
+        missing = dict(enumerate(files))
+
+        def tell(place: int, found: Finished | HTTPException) -> None:
+            results.put_nowait((place, found))
+
+        async def read(place: int, upload: Upload) -> None:
+            try:
+                image = await loop.run_in_executor(
+                    self._readers,
+                    read_image,
+                    upload,
+                    self.deployed.manifest.preprocessing,
+                    self.settings,
+                )
+            except HTTPException as error:
+                tell(place, error)
+                return
+            jobs[place] = Job(image, lambda found: loop.call_soon_threadsafe(tell, place, found))
+            self.worker.submit(jobs[place])
+
+        readers = [asyncio.create_task(read(*item)) for item in missing.items()]
+        deadline = loop.time() + self.settings.timeout
+        try:
+            while missing:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        place, found = await results.get()
+                except TimeoutError:
+                    break
+                yield self._said(place, missing.pop(place).name, found)
+            for place, upload in missing.items():
+                late = HTTPException(504, f"no answer within {self.settings.timeout:g} s")
+                yield self._said(place, upload.name, late)
+        finally:
+            for task in readers:
+                task.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+            self.worker.give_up({job for place, job in jobs.items() if place in missing})
+            self.worker.release(len(files) - len(jobs))
+            for upload in files:
+                upload.file.close()
+
+    def _said(
+        self, place: int, name: str | None, found: Finished | HTTPException
+    ) -> Answer | Failure:
+        """What is said of an image, which is counted."""
+        try:
+            if isinstance(found, HTTPException):
+                raise found
+            policy = self.worker.levels.policies[found.policy]
+            said = answer(
+                place, name, found, policy, self.deployed.class_names, self.settings.top_k
+            )
+        except HTTPException as error:
+            self.metrics.errors.labels(error.status_code).inc()
+            return failure(place, name, error)
+        self.left[found.exit_index] += 1
+        if found.policy == len(self.worker.levels.policies) - 1:
+            self._certified[found.exit_index] += 1
+        self.metrics.exits.labels(found.exit_layer).inc()
+        self.metrics.queued.observe(found.queued)
+        self.metrics.computed.observe(found.computed)
+        return said
+
+    def _busy(self) -> HTTPException:
+        seconds = max(1, math.ceil(self.worker.retry_after))
+        return HTTPException(429, "the queue is full", {"Retry-After": str(seconds)})
+
+
+class _Lines(StreamingResponse):
+    """Answers as lines of json. What is not answered when the client goes is given up."""
+
+    def __init__(self, answers: AsyncGenerator[Answer | Failure]) -> None:
+        lines = (
+            found.model_dump_json(exclude_none=isinstance(found, Failure)) + "\n"
+            async for found in answers
+        )
+        super().__init__(lines, media_type="application/x-ndjson")
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answers.aclose()
+
+
+async def _disconnected(request: Request) -> None:
+    """Wait until the client has closed its connection; its body has been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _status(text: str) -> JSONResponse:
+    return JSONResponse({"status": text}, 200 if text == "ok" else 503)
+
+
+def _static(name: str) -> Response:
+    headers = {"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff"}
+    return FileResponse(_PAGE / name, headers=headers)
