@@ -83,7 +83,8 @@ async def capacity(port: int, files: list[bytes], seconds: float, at_once: int =
         async def ask() -> None:
             nonlocal answered
             while time.perf_counter() < stop:
-                answered += await post(connected, random.choice(files)) == 200
+                status = await post(connected, random.choice(files))
+                answered += status == 200
 
         began = time.perf_counter()
         await asyncio.gather(*(ask() for _ in range(at_once)))

@@ -239,6 +239,7 @@ def campaign(folder: Path, requests: int, kills: int, options: list[str]) -> dic
         "outcomes": dict(sorted(made.outcomes.items())),
         "wrong": made.wrong,
         "exit_code": code,
+        "tracebacks": sum("Traceback" in line for line in server.lines),
         "resident_mb": [round(x, 1) for x in memory],
     }
 

@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from lgvit_fast._version import __version__
@@ -221,6 +222,8 @@ class Service:
             response = await self._predict(request, began)
             status = response.status_code
             return response
+        except ClientDisconnect:  # in the middle of its body
+            return Response(status_code=(status := _GONE))
         except HTTPException as error:
             status = error.status_code
             self.rejected += status == 429

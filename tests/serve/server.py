@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,14 +39,16 @@ class Server:
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         assert self.process.stderr is not None
-        lines = []
+        self.lines: list[str] = []  # what it says; read at once, else it stops when the pipe is full
         for line in self.process.stderr:
-            lines.append(line)
+            self.lines.append(line)
             if found := re.search(r"on (http://\S+)", line):
                 self.url = found[1]
                 break
         else:
-            raise AssertionError("".join(lines))
+            raise AssertionError("".join(self.lines))
+        self._reader = threading.Thread(target=self.lines.extend, args=(self.process.stderr,))
+        self._reader.start()
         self.client = httpx.Client(base_url=self.url, timeout=30)
         while self.client.get("/readyz").status_code != 200:
             pass
@@ -60,10 +63,15 @@ class Server:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(60)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            self._reader.join()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
 
 
 @contextlib.contextmanager
@@ -74,3 +82,4 @@ def serving(folder: Path, *options: str) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
