@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +104,7 @@ def test_an_actor_that_dies_costs_no_row_and_repeats_none(cluster, photos, tmp_p
     class Dying(scale.Predictor):
         def __call__(self, batch):
             answers = super().__call__(batch)
+            assert not {"torch", "timm"} & set(sys.modules)
             try:
                 (tmp_path / "died").mkdir()
             except FileExistsError:
