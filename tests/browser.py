@@ -109,6 +109,10 @@ class Browser:
         rates = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
         self._call("Network.emulateNetworkConditions", offline=on, **rates)
 
+    def block(self, *addresses: str) -> None:
+        """Addresses, with * for anything, that cannot be reached; without any, all can."""
+        self._call("Network.setBlockedURLs", urls=list(addresses))
+
     def screenshot(self) -> bytes:
         """The whole page as a PNG."""
         found = self._call("Page.captureScreenshot", captureBeyondViewport=True)

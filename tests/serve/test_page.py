@@ -94,9 +94,9 @@ def test_pictures_are_answered_each_on_its_own(page, server, tmp_path):
         assert len(card["top"]) == 3 and share in card["top"][0]
         assert card["error"] is None
         after[exit] += 1
-    page.wait(f"String({COUNTS}.map(row => row[1])) === '{','.join(map(str, after))}'")
     mine = [now - then for now, then in zip(after, before, strict=True)]
-    assert [row[0] for row in page.run(COUNTS)] == mine
+    counts = ",".join(f"{own},{total}" for own, total in zip(mine, after, strict=True))
+    page.wait(f"String({COUNTS}) === '{counts}'")
     bars = page.run(
         "[...document.querySelectorAll('#chart rect.mine')].map(bar => bar.getBBox().height)"
     )
@@ -136,6 +136,18 @@ def test_a_server_that_is_gone_is_said_of_every_picture(page, server, tmp_path):
     page.choose("#files", *files(tmp_path, picture(3)))
     page.wait(SETTLED.format(3))
     assert page.run(CARDS)[0]["error"] is None
+
+
+def test_without_the_counts_of_the_server_its_own_are_shown(page, server, tmp_path):
+    page.block("*/stats")
+    try:
+        page.show(server.url, 1000)
+        page.choose("#files", *files(tmp_path, picture(1)))
+        page.wait(f"{COUNTS}.some(row => row[0] === 1)")
+        assert {row[1] for row in page.run(COUNTS)} == {None}
+    finally:
+        page.block()
+    assert all("/stats" in problem for problem in page.problems)
 
 
 @pytest.mark.parametrize("width", [320, 360, 1200])

@@ -93,10 +93,11 @@ let model = null, all = [], mine = [], computed = [];
 function histogram() {
   if (!model) return;
   const room = Math.max(byId("chart").clientWidth, 240), high = 110, top = 20;
-  const step = Math.min(room / model.layers.at(-1), 72);
+  const step = Math.min(room / model.layers.at(-1), 90);
   const drawn = track(model, step, top + high + 6);
-  const shares = [mine, all].map(counts => counts.map(n => n / Math.max(sum(counts), 1)));
+  const shares = [mine, all].map(counts => model.layers.map((_, exit) => (counts[exit] ?? 0) / Math.max(sum(counts), 1)));
   const most = Math.max(...shares.flat(), 1e-9), bar = Math.min(step * 0.36, 18);
+  const labelled = sum(mine) ? 0 : 1;
   model.layers.forEach((layer, exit) => {
     const x = drawn.centre(layer);
     ["mine", "all"].forEach((who, place) => {
@@ -104,12 +105,11 @@ function histogram() {
       const box = { x: x + (place - 1) * bar, y: top + high - height, width: bar, height };
       const about = `${percent(shares[place][exit])} of ${place ? "the server's" : "this page's"} images`;
       drawn.parts.push(shape("rect", { class: who, ...box }, shape("title", {}, about)));
+      if (shares[place][exit] && place === labelled && step >= 34) {
+        const text = `${Math.round(100 * shares[place][exit])} %`;
+        drawn.parts.push(shape("text", { class: "number", x: box.x + bar / 2, y: box.y - 5 }, text));
+      }
     });
-    const highest = Math.max(shares[0][exit], shares[1][exit]);
-    if (highest && step >= 34) {
-      const share = sum(mine) ? shares[0][exit] : shares[1][exit];
-      drawn.parts.push(shape("text", { class: "number", x, y: top + high - (high * highest) / most - 5 }, `${Math.round(100 * share)} %`));
-    }
   });
   const about = { role: "img", "aria-label": "share of images by the block after which they left; the table below has the numbers" };
   const size = { width: drawn.width, height: drawn.height, viewBox: `0 0 ${drawn.width} ${drawn.height}` };
