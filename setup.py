@@ -219,7 +219,11 @@ if __name__ == "__main__":
             *(f"lgvit_fast.kernels.{name}" for name in find_packages("kernels")),
         ],
         package_dir={"lgvit_fast.kernels": "kernels"},
-        package_data={"lgvit_fast": ["py.typed"], "lgvit_fast.evaluation.report": ["page.*"]},
+        package_data={
+            "lgvit_fast": ["py.typed"],
+            "lgvit_fast.evaluation.report": ["page.*"],
+            "lgvit_fast.serve": ["page/*"],
+        },
         ext_modules=ext_modules,
         cmdclass=cmdclass,
     )

@@ -59,26 +59,41 @@ class Browser:
 
     _session = None
 
-    def show(self, path: Path, width: int, dark: bool = False, scale: int = 1) -> None:
-        """Open a file in a window of some width."""
+    def show(self, page: Path | str, width: int, dark: bool = False, scale: int = 1) -> None:
+        """Open a file, or an address, in a window of some width."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=900, deviceScaleFactor=scale, mobile=width < 600,
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=path.as_uri())
-        while (
-            self.run("document.readyState") != "complete"
-            or self.run("location.href") == "about:blank"
-        ):
-            time.sleep(0.05)
+        self._call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression, as json types."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + TIMEOUT
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < end, f"never true: {condition}"
+            time.sleep(0.02)
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Choose files in an `<input type=file>`."""
+        element = f"document.querySelector({json.dumps(selector)})"
+        found = self._call("Runtime.evaluate", expression=element)["result"]
+        self._call("DOM.setFileInputFiles", objectId=found["objectId"], files=list(map(str, files)))
+
+    def press(self, key: str) -> None:
+        """Press and release a key that writes nothing, such as Tab."""
+        code = {"Tab": 9, "Enter": 13}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
 
     def click(self, selector: str) -> None:
         """Press and release the mouse in the middle of an element."""
@@ -88,6 +103,15 @@ class Browser:
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def offline(self, on: bool) -> None:
+        """Whether nothing can be reached."""
+        rates = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self._call("Network.emulateNetworkConditions", offline=on, **rates)
+
+    def block(self, *addresses: str) -> None:
+        """Addresses, with * for anything, that cannot be reached; without any, all can."""
+        self._call("Network.setBlockedURLs", urls=list(addresses))
 
     def screenshot(self) -> bytes:
         """The whole page as a PNG."""

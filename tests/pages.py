@@ -53,6 +53,7 @@ NOT_RUN = {
     "python": "scripts have tests of their own",
     "torchrun": "starts several processes",
     "ray": "starts several processes",
+    "curl": "needs a server",
     "git": "changes the checkout",
 }
 

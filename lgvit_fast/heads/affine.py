@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lgvit_fast.heads import synchronized
+
 __all__ = ["batchnorm_affine", "batchnorm_tokens"]
 
 
 def batchnorm_tokens(norm: nn.BatchNorm1d, tokens: Tensor) -> Tensor:
     """BatchNorm over the B * N rows of `[B, N, C]`, what BatchNorm2d does on the patch map."""
-    normed: Tensor = norm(tokens.flatten(0, 1))
-    return normed.view(tokens.shape)
+    return synchronized.batchnorm(norm, tokens.flatten(0, 1)).view(tokens.shape)
 
 
 def batchnorm_affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from lgvit_fast.checkpoints.fingerprint import fingerprint as fingerprint_of
 from lgvit_fast.checkpoints.fit import malformed
 from lgvit_fast.data.batches import BadImage, BadImageError, Batch, Batches, Loader, Source
 from lgvit_fast.data.seeds import seed_all
+from lgvit_fast.heads.synchronized import synchronized
 from lgvit_fast.model import LGViT
 from lgvit_fast.training.checkpoint import Checkpoint, differences
 from lgvit_fast.training.config import StageConfig, TrainConfig
@@ -72,11 +73,15 @@ def train_stage(
     """Run one stage, `stage1` or `stage2`, from its checkpoint if `config.resume` and there is one.
 
     The model ends as the last epoch left it; the best one is in the folder that the result names.
+
+    Raises:
+        ConnectionError: another process of the run has ended.
     """
-    run = _StageRun(name, model, sources, config, process)
-    if config.resume and run.path.exists():
-        run.resume()
-    return run.go()
+    with process.together():
+        run = _StageRun(name, model, sources, config, process)
+        if config.resume and run.path.exists():
+            run.resume()
+        return run.go()
 
 
 @dataclass
@@ -250,7 +255,7 @@ class _StageRun:
             seed_all(self.config.seed, *key)
             images, targets = self._mix(images, targets)
             with nullcontext() if last else self._no_sync():
-                with self._autocast():
+                with self._autocast(), synchronized(self.process.distributed):
                     loss, terms = self.objective(images, targets, progress.update)
                 self._backward(loss / count, step=last)
             for term, value in {"loss": loss.detach(), **terms}.items():

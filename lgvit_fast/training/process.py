@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import timm.utils
@@ -43,3 +45,26 @@ class Process:
     def distributed(self) -> bool:
         """Whether there are other processes."""
         return self.world_size > 1
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Say plainly that another process is gone, which shows as the failure of some exchange.
+
+        Raises:
+            ConnectionError: another process ended, or cannot be reached.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.distributed or not _is_of_an_exchange(error):
+                raise
+            raise ConnectionError(
+                f"process {self.rank} of {self.world_size} has lost another process of this run,"
+                " which has ended, with an error of its own or killed, or cannot be reached;"
+                " resume=True goes on from the last checkpoint"
+            ) from error
+
+
+def _is_of_an_exchange(error: RuntimeError) -> bool:
+    """NCCL's failures have a type of their own; gloo's say where in gloo they were raised."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)

@@ -72,6 +72,7 @@ def train(config: TrainConfig, model: LGViT | None = None, data: Data | None = N
             images have classes that the model does not know, naming them.
         BadImageError: at an unreadable image, unless `skip_bad_images`.
         FloatingPointError: if the loss is no longer finite.
+        ConnectionError: if another process of a torchrun has ended.
     """
     output = Path(config.output)
     names = ["stage1", "stage2"] if config.stage == "both" else [f"stage{config.stage}"]
