@@ -25,6 +25,7 @@ REASONS = {
     "needs the network": 4,
     "needs files of other programs": 3,
     "needs several processes": 2,
+    "serves until it is stopped": 1,
     "needs a GPU": 2,
 }
 
