@@ -37,7 +37,7 @@ def batchnorm(norm: nn.BatchNorm1d, rows: Tensor) -> Tensor:
     mean, variance, count = _statistics(rows.detach())
     with torch.no_grad():
         _follow(norm, mean, variance * count / (count - 1).clamp(min=1))
-    found: Tensor = _Normalize.apply(rows, norm.weight, norm.bias, mean, variance, count, norm.eps)  # type: ignore[no-untyped-call]
+    found: Tensor = _Normalize.apply(rows, norm.weight, norm.bias, mean, variance, count, norm.eps)
     return found
 
 
