@@ -69,6 +69,7 @@ sanitize: $(STAMP)
 
 stress: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds 540 --json stress.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.load_test.faults --requests 10000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

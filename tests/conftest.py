@@ -1,7 +1,15 @@
 """Tests marked `gpu` are skipped where there is no CUDA device; the longest ones are marked `slow`."""
 
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
+
+SHARED = (
+    "LGVIT_TEST_EXPORTS"  # exports that the processes of one run make once: tests/deploy/exports.py
+)
 
 # What `make test-fast` leaves out: whole files, classes or functions, by the processor time they took.
 SLOW = (
@@ -36,3 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the processes of xdist inherit it
+        os.environ[SHARED] = tempfile.mkdtemp(prefix="lgvit-fast-exports-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import itertools
 import json
+import math
 import random
 import tempfile
 import time
@@ -136,8 +138,17 @@ def table(rows: list[Row]) -> str:
 
 
 def at_equal_p99(rows: list[Row], way: str, p99_ms: float) -> float:
-    """The largest goodput of a way among loads whose p99 is within a limit."""
-    return max((r.goodput for r in rows if r.way == way and r.p99_ms <= p99_ms), default=0.0)
+    """The goodput of a way at the load at which its p99 is so long.
+
+    Between two loads that were measured it is interpolated, by the logarithm of p99; it is not
+    extrapolated.
+    """
+    mine = [row for row in rows if row.way == way]
+    for before, after in itertools.pairwise(mine):
+        if before.p99_ms <= p99_ms < after.p99_ms:
+            part = math.log(p99_ms / before.p99_ms) / math.log(after.p99_ms / before.p99_ms)
+            return before.goodput + part * (after.goodput - before.goodput)
+    return mine[-1].goodput if mine[-1].p99_ms <= p99_ms else 0.0
 
 
 def main() -> None:
@@ -181,7 +192,7 @@ def main() -> None:
         for way in args.ways:
             got = at_equal_p99(rows, way, dense[0].p99_ms)
             print(
-                f"goodput with a p99 of at most {dense[0].p99_ms:.0f} ms, {way}: {got:.1f} images/s,"
+                f"goodput at a p99 of {dense[0].p99_ms:.0f} ms, {way}: {got:.1f} images/s,"
                 f" {got / dense[0].goodput:.2f}x of the full model's"
             )
     if args.json:

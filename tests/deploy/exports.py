@@ -1,12 +1,16 @@
 """Exported models that tests share; an export takes seconds."""
 
+import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock  # torch brings it
 
 import lgvit_fast
+from tests.conftest import SHARED
 from tests.helpers import randomize, tiny_model
 
 HEADS = ("lph_full", "lph_light", "gah_2", "gah_3")
@@ -27,7 +31,7 @@ def model() -> lgvit_fast.LGViT:
 @cache
 def folder() -> Path:
     """`model` exported."""
-    return lgvit_fast.export(model(), _temporary() / "vit")
+    return _shared("vit", model)
 
 
 @cache
@@ -45,7 +49,15 @@ def swin() -> lgvit_fast.LGViT:
 @cache
 def swin_folder() -> Path:
     """`swin` exported."""
-    return lgvit_fast.export(swin(), _temporary() / "swin")
+    return _shared("swin", swin)
+
+
+def _shared(name: str, make: Callable[[], lgvit_fast.LGViT]) -> Path:
+    """An export that the processes of one test run make once."""
+    root = Path(os.environ[SHARED]) if SHARED in os.environ else _temporary()
+    with FileLock(root / f"{name}.lock"):
+        made = root / name
+        return made if made.exists() else lgvit_fast.export(make(), made)
 
 
 @cache

@@ -39,7 +39,9 @@ class Server:
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
         assert self.process.stderr is not None
-        self.lines: list[str] = []  # what it says; read at once, else it stops when the pipe is full
+        self.lines: list[
+            str
+        ] = []  # what it says; read at once, else it stops when the pipe is full
         for line in self.process.stderr:
             self.lines.append(line)
             if found := re.search(r"on (http://\S+)", line):
