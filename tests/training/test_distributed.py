@@ -90,7 +90,7 @@ def worker(launcher, rank):
 def test_two_processes_train_as_one_also_after_a_kill(distributed_config, metrics):
     """The loss of both stages, local heads' BatchNorm included, is one process's at the same batch.
 
-    float32 sums in another order, so the curves differ by 1e-3 at most, relative. A killed process
+    float32 sums in another order, so the curves differ by 1e-4 at most, relative. A killed process
     ends both, torchrun starts them again, and the outcome is bit for bit that of a run left alone.
     """
     one, _ = distributed_config("one", batch_size=256)
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_also_after_a_kill(distributed_config, metric
         assert [row["kind"] for row in rows] == [row["kind"] for row in expected]
         for row, wanted in zip(rows, expected, strict=True):
             if row.pop("kind") == wanted.pop("kind") == "train":
-                assert row == pytest.approx(wanted, rel=1e-3), row["update"]
+                assert row == pytest.approx(wanted, rel=1e-4), row["update"]
 
     killed, command = distributed_config("killed", batch_size=128)
     run = subprocess.Popen(
