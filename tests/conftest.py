@@ -31,6 +31,7 @@ SLOW = (
     "tests/test_registry.py::test_names_are_there_whatever_is_imported_first",
     "tests/test_segments.py::test_each_segment_compiles_whole",
     "tests/training/test_checkpoint.py::test_a_kill_during_a_save_leaves_the_previous_checkpoint",
+    "tests/training/test_distributed.py",
     "tests/training/test_distill.py::test_an_interrupted_run_goes_on_exactly",
     "tests/training/test_golden_losses.py::test_stage1_loss_and_gradients_of_the_model",
     "tests/training/test_loop.py",
