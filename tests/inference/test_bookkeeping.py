@@ -31,7 +31,7 @@ def test_an_exit_in_buckets_adds_few_operations():
 
     for segment, step in zip(engine.segments, runner._steps.values(), strict=True):
         tokens = runner.tokens[segment.index]
-        state = runner.state
+        state = runner.ledger.state
 
         def head(segment=segment, tokens=tokens, state=state):
             with torch.no_grad():
