@@ -57,9 +57,10 @@ class Engine:
     them is made anew: at the next call after any in-place operation or replacement. A write that no
     version counter tells of (through `.data`, to an inference tensor) is seen before 32 more images
     are answered on a CPU, at once in batches of 32; on a GPU, where only the heads are copied, within
-    as many calls as these have tensors; `refresh` sees it now. Calls from several threads take
-    turns; a call from inside another one (a policy, a signal handler) is an error. Under autocast
-    graphs cast the weights in every call; a model converted to bfloat16 is faster.
+    as many calls as these have tensors; `refresh` sees it now. With graphs the engine looks while the
+    first segment runs, and computes anew what that computed of other weights. Calls from several
+    threads take turns; a call from inside another one (a policy, a signal handler) is an error. Under
+    autocast graphs cast the weights in every call; a model converted to bfloat16 is faster.
 
     On a CPU in float32, ONNX Runtime or OpenVINO may be faster than torch. They run the model's
     segments, exported in memory when they are first needed and again when weights change, which takes
