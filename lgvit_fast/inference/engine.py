@@ -202,8 +202,12 @@ class Engine:
 
         A new tuple whenever the weights have changed.
         """
+        return self.segments_for(_LOOK_IMAGES)
+
+    def segments_for(self, images: int) -> tuple[Segment, ...]:
+        """As `segments`, after a look for changed weights as thorough as before so many images."""
         with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
-            self._refresh()
+            self._refresh(images)
             return self._segments
 
     def warm_up(self, images: Tensor, policy: Policy | None = None) -> None:
