@@ -330,6 +330,8 @@ class Replay(Policy):
 
     def part(self, start: int, stop: int) -> Replay:
         """The script of images `start` to `stop - 1`."""
+        if start == 0 and stop == self.exit_index.size:
+            return self
         return Replay(self.exit_index[start:stop])
 
     def decide(self, step: ExitStep, state: Tensor, exit_index: int) -> ExitStep:

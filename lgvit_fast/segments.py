@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lgvit_fast.backbones import Backbone
 from lgvit_fast.heads import ExitHead
-from lgvit_fast.ops.end_exit import end_exit_
+from lgvit_fast.ops.end_exit import end_exit_, waiting
 from lgvit_fast.ops.exit_step import ExitStep
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import NEVER, Policy
@@ -44,11 +45,12 @@ def run_segments(
         return
     image_size = (images.shape[2], images.shape[3])
     tokens, rows = images, torch.arange(len(images), device=images.device)
-    state = policy.start(len(images), images.device)
+    state, counts = policy.start(len(images), images.device), waiting(images.device)
     for segment in segments:
         tokens = segment.blocks(tokens, image_size, observe)
         step = segment.exit(tokens, state, image_size, policy)
-        count = end_exit_(step, tokens, rows, state, answer.tensors(), segment.index, segment.stop)
+        place = segment.index, segment.stop
+        count = end_exit_(step, tokens, rows, state, answer.tensors(), *place, counts=counts)
         observe("exit", segment, len(rows))
         if not count:
             return
@@ -104,8 +106,13 @@ class Segment(nn.Module):
         Returns:
             The tokens `[B, ...]`, and an `ExitStep` whose `leave` is the policy's decision.
         """
+        tokens, read = self.advance(tokens, image_size)
+        return tokens, self.decide(read, tokens, state, policy)
+
+    def advance(self, tokens: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Any]:
+        """All of `forward` that asks neither policy nor state: the tokens, and what `read` gives."""
         tokens = self.blocks(tokens, image_size)
-        return tokens, self.exit(tokens, state, image_size, policy)
+        return tokens, self.read(tokens, image_size)
 
     def blocks(
         self, tokens: Tensor, image_size: tuple[int, int], observe: Observer = _ignore
@@ -123,13 +130,24 @@ class Segment(nn.Module):
         self, tokens: Tensor, state: Tensor, image_size: tuple[int, int], policy: Policy = NEVER
     ) -> ExitStep:
         """The second half of `forward`: the head, the rule and the policy's decision."""
+        return self.decide(self.read(tokens, image_size), tokens, state, policy)
+
+    def read(self, tokens: Tensor, image_size: tuple[int, int]) -> Tensor | ExitStep:
+        """What the exit decides on, for `decide`: of a head `ExitHead.read`, at the end the answer."""
         if self.head is None:
             logits = self.adapter.classify(tokens)
             valid = ~logits.logsumexp(-1).isnan()
             return ExitStep(logits, torch.ones_like(valid), valid)
         grid = self.adapter.patch_grid(image_size, self.stop)
+        return self.head.read(self.adapter.to_tokens(tokens), grid)
+
+    def decide(self, read: Any, tokens: Tensor, state: Tensor, policy: Policy = NEVER) -> ExitStep:
+        """The exit's logits, the rule and the policy's decision, from what `read` gave of `tokens`."""
+        if self.head is None:
+            step: ExitStep = read
+            return step
         rule = policy.rule(self.index)
-        step = self.head.step(self.adapter.to_tokens(tokens), grid, rule, state[:, :2])
+        step = self.head.decide(read, self.adapter.to_tokens(tokens), rule, state[:, :2])
         return policy.decide(step, state, self.index)
 
     def logits(self, tokens: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,6 @@ from lgvit_fast.policies import Replay
 # How much faster than compiled dense, on the trace at 0.8, at the largest batch and at one image.
 TARGETS = (1.9, 1.7)
 AIMED = TRACES["0.8"]  # whose layer ratio the targets are for
-ENGINES: dict[str, dict[str, Any]] = {"engine": {}, "engine compiled": {"compile": True}}
 TOLERANCE = 5e-2  # of logits in bfloat16 after all blocks, relative to the largest
 
 
@@ -35,17 +34,26 @@ def whole_model(gpu: Gpu) -> Iterator[Row]:
         yield Row(dense[1], "ms", lambda _, case=case: case().dense("compiled"))
         yield Row(dense[2], "ms", lambda _, case=case: case().dense("graph"))
         yield Row(f"{name}/best dense", "ms", partial(_best, dense))
-        for title, options in ENGINES.items():
-            engine = cache(partial(_engine, case, **options))
-            for threshold in ("0.9", "0.8"):
-                trace = TRACES[threshold]
-                ours = f"{name}/{title}, trace {threshold}"
-                yield Row(ours, "ms", partial(_ours, case, engine, trace))
-                target = _target(batch, gpu.sizes.batches, trace)
-                yield ratio(f"{ours} over dense eager", ours, dense[0])
-                yield ratio(f"{ours} over best dense", ours, f"{name}/best dense", target)
-            if not options:
-                yield Row(f"{name}/waits an exit", "waits", partial(_waits, case, engine))
+        yield from _engine_rows(gpu, case, batch, "engine")
+    for batch in gpu.sizes.batches:  # last: each segment is compiled at each batch size it meets
+        case = cache(partial(_Case, gpu, model, batch))
+        yield from _engine_rows(gpu, case, batch, "engine compiled", compile=True)
+
+
+def _engine_rows(
+    gpu: Gpu, case: Callable[[], _Case], batch: int, title: str, **options: Any
+) -> Iterator[Row]:
+    """An engine on both traces, beside the dense model of the rows before."""
+    name, engine = f"model/batch {batch}", cache(partial(_engine, case, **options))
+    for threshold in ("0.9", "0.8"):
+        trace = TRACES[threshold]
+        ours = f"{name}/{title}, trace {threshold}"
+        yield Row(ours, "ms", partial(_ours, case, engine, trace))
+        yield ratio(f"{ours} over dense eager", ours, f"{name}/dense eager")
+        target = _target(batch, gpu.sizes.batches, trace)
+        yield ratio(f"{ours} over best dense", ours, f"{name}/best dense", target)
+    if not options:
+        yield Row(f"{name}/waits an exit", "waits", partial(_waits, case, engine))
 
 
 def other_ways(gpu: Gpu, batch: int) -> Iterator[Row]:
@@ -140,7 +148,10 @@ def _ours(
     difference = (found.logits - expected.logits).abs().max() / expected.logits.abs().max()
     if not difference <= TOLERANCE:
         raise AssertionError(f"logits are {difference:.1e} from those of infer: it is not timed")
+    report = ours.report()
     facts = {
+        "graphs": report.graphs,
+        "graph_mib": round(report.graph_bytes / 2**20),
         "trace": trace.name,
         "accuracy": trace.accuracy,
         "dense_accuracy": trace.dense_accuracy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Backbone(ABC):
         in_chans: channels of an input image.
     """
 
-    model: nn.Module
+    model: Any  # typed, its submodules would be no more than modules
     num_blocks: int
     depths: tuple[int, ...]
     exit_norm: bool = False
@@ -95,7 +96,7 @@ class Backbone(ABC):
                 f"images has shape {tuple(images.shape)}, expected [B, {self.in_chans}, height, width]"
             )
         self.patch_grid((images.shape[2], images.shape[3]), self.num_blocks)
-        parameter = next(self.model.parameters())
+        parameter: Tensor = self.model.patch_embed.proj.weight  # which the images meet first
         if images.device != parameter.device:
             raise ValueError(f"images is on {images.device}, the model on {parameter.device}")
         device_type = images.device.type

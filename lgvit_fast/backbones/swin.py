@@ -23,7 +23,6 @@ __all__ = ["SwinBackbone"]
 class SwinBackbone(Backbone):
     """A `timm` SwinTransformer or SwinTransformerV2. Between blocks its tokens are `[B, H, W, C]`."""
 
-    model: Any  # typed, its submodules would be no more than modules
     exit_norm = True
 
     def __init__(self, model: nn.Module) -> None:

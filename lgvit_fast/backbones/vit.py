@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -23,8 +21,6 @@ class PlainBackbone(Backbone):
         ValueError: the model drops patches at random in training (`patch_drop_rate`), so that no patch
             grid is left for the heads.
     """
-
-    model: Any  # typed, its submodules would be no more than modules
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

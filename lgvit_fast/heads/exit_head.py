@@ -145,24 +145,43 @@ class ExitHead(nn.Module):
             rule: the policy's rule at this exit.
             state: `[B, 2]` int32 policy state, updated in place.
         """
+        return self.decide(self.read(tokens, patch_grid), tokens, rule, state)
+
+    def read(self, tokens: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """The part of `step` without rule and state, which can be compiled.
+
+        Returns:
+            The pooled vectors `[B, M, C]` of the inference form; logits `[B, K]` of a head without.
+        """
         if not self.fused:
             logits, _ = self(tokens, patch_grid)
-            return ExitStep(logits, *apply_rule(rule, logits, state))
-        folded = self.folded
-        if folded is None:
-            raise RuntimeError("the exit head is not prepared: call prepare(dtype) first")
+            return logits  # type: ignore[no-any-return]
+        folded = self._prepared
         tokens = tokens.to(folded.weight.dtype)
+        pooled: Tensor
         if self.readout.affine:
             pooled = self.perception.pool(
                 tokens, patch_grid, self.num_prefix_tokens, folded.perception
             )
-        else:
-            patches = tokens[:, self.num_prefix_tokens :]
-            feature = self.perception.feature(patches, patch_grid, folded.perception)
-            pooled = standard_mean(feature, self._norm.eps)
-        return exit_step(
-            pooled, tokens, self.num_class_tokens, folded.weight, folded.bias, rule, state
-        )
+            return pooled
+        patches = tokens[:, self.num_prefix_tokens :]
+        feature = self.perception.feature(patches, patch_grid, folded.perception)
+        return standard_mean(feature, self._norm.eps)
+
+    def decide(self, read: Tensor, tokens: Tensor, rule: ExitRule, state: Tensor) -> ExitStep:
+        """The rest of `step`: logits and who leaves, from what `read` gave of these tokens."""
+        if not self.fused:
+            return ExitStep(read, *apply_rule(rule, read, state))
+        folded, count = self._prepared, self.num_class_tokens
+        if tokens.dtype != folded.weight.dtype:  # under autocast
+            tokens = tokens[:, : max(1, count)].to(folded.weight.dtype)
+        return exit_step(read, tokens, count, folded.weight, folded.bias, rule, state)
+
+    @property
+    def _prepared(self) -> FoldedHead:
+        if self.folded is None:
+            raise RuntimeError("the exit head is not prepared: call prepare(dtype) first")
+        return self.folded
 
     @torch.no_grad()
     def prepare(self, dtype: torch.dtype, *, anew: bool = False) -> None:

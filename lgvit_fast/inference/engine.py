@@ -7,6 +7,7 @@ import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal, NoReturn, cast
 
@@ -20,11 +21,12 @@ from lgvit_fast.inference.exports import Exports, check_runtime, on_arrays, usab
 from lgvit_fast.inference.graphs import (
     BucketRunner,
     CaptureError,
+    Program,
     capture_eager,
     capture_graph,
     default_buckets,
 )
-from lgvit_fast.inference.prepared import compiled_twin, prepared_twin
+from lgvit_fast.inference.prepared import compiled_segment, compiled_twin, prepared_twin
 from lgvit_fast.inference.report import Report, RuntimeTiming, Tally
 from lgvit_fast.inference.runtime_choice import facts_of, measure, recall, remember
 from lgvit_fast.inference.turns import add_lock, take_turn
@@ -32,7 +34,7 @@ from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.outputs import Inference
-from lgvit_fast.policies import Policy, Replay
+from lgvit_fast.policies import POLICIES, Policy, Replay
 from lgvit_fast.runtimes.loaders import RUNTIMES
 from lgvit_fast.runtimes.loop import Answers, GraphSegment, run_graphs
 from lgvit_fast.segments import Segment, cut, run_segments
@@ -42,6 +44,7 @@ __all__ = ["Engine"]
 
 _logger = logging.getLogger("lgvit_fast")
 _LOOK_IMAGES = 32  # images in whose time the engine looks at all weights once, byte by byte
+_NOTHING = nullcontext()
 _MAX_RUNNERS = 4  # kept at once: sets of graphs for other image sizes, dtypes or policy rules
 
 
@@ -54,9 +57,10 @@ class Engine:
     them is made anew: at the next call after any in-place operation or replacement. A write that no
     version counter tells of (through `.data`, to an inference tensor) is seen before 32 more images
     are answered on a CPU, at once in batches of 32; on a GPU, where only the heads are copied, within
-    as many calls as these have tensors; `refresh` sees it now. Calls from several threads take
-    turns; a call from inside another one (a policy, a signal handler) is an error. Under autocast
-    graphs cast the weights in every call; a model converted to bfloat16 is faster.
+    as many calls as these have tensors; `refresh` sees it now. With graphs the engine looks while the
+    first segment runs, and computes anew what that computed of other weights. Calls from several
+    threads take turns; a call from inside another one (a policy, a signal handler) is an error. Under
+    autocast graphs cast the weights in every call; a model converted to bfloat16 is faster.
 
     On a CPU in float32, ONNX Runtime or OpenVINO may be faster than torch. They run the model's
     segments, exported in memory when they are first needed and again when weights change, which takes
@@ -75,7 +79,8 @@ class Engine:
         graphs: True: CUDA graphs, or an error where there are none. False: launch every kernel. None:
             graphs on a GPU if they can be captured. "eager": the batch sizes and buffers of graphs
             without the graphs, on any device, to look for faults.
-        compile: `torch.compile` the backbone's blocks.
+        compile: `torch.compile`: with graphs each segment as a whole, at each batch size when that is
+            captured, which takes seconds each; else the backbone's blocks, once for all sizes.
         exits: the layers whose exits to ask (see `plan_exits`); None asks all. Policies that count
             exits in a row count those asked.
         buckets: batch sizes to capture, increasing; None takes `default_buckets(max_batch)`.
@@ -121,6 +126,9 @@ class Engine:
         self._speculate, self._prepare = speculate, prepare
         add_lock(self)
         self._runners: OrderedDict[Hashable, BucketRunner] = OrderedDict()
+        self._programs: dict[Hashable, Program] = {}  # compiled segments
+        layers = [spec.layer for spec in model.exits]
+        self._places = [layers.index(layer) for layer in self.exits]  # of the exits asked, from 0
         self._adapter: Backbone | None = None  # what runs the blocks; None until it is made
         self._segments: tuple[Segment, ...] = ()
         self._watch: Watch | None = None
@@ -146,22 +154,32 @@ class Engine:
                 or this thread is in a call of the engine already.
             ValueError: as `LGViT.infer`; or under autocast on a runtime that was asked for.
         """
-        policy = self.model.admit(images, policy and self.for_all_exits(policy))
-        if not self._asked:
-            warn_if_untrained(self.model, policy)
-            self._asked = True
+        key = self._known_key(images, policy)
+        if key is not None:
+            policy = policy or self.model.policy
+        else:
+            policy = self.model.admit(images, policy and self.for_all_exits(policy))
+            if not self._asked:
+                warn_if_untrained(self.model, policy)
+                self._asked = True
+        nested = torch.is_inference_mode_enabled()
         with (
             take_turn(self, "the engine"),
             torch.cuda.device_of(images),
-            torch.inference_mode(False),
+            torch.inference_mode(False) if nested else _NOTHING,
             torch.no_grad(),
         ):
             graphs = self._ready(images)
-            parts = [
-                self._run(graphs, images[start : start + self.max_batch], policy, start)
-                for start in range(0, max(1, len(images)), self.max_batch)
-            ]
-        return parts[0] if len(parts) == 1 else Inference.cat(parts)
+            if len(images) <= self.max_batch:
+                return self._run(graphs, images, policy, 0, key)
+            parts = images.split(self.max_batch)
+            starts = range(0, len(images), self.max_batch)
+            return Inference.cat(
+                [
+                    self._run(graphs, part, policy, start)
+                    for part, start in zip(parts, starts, strict=True)
+                ]
+            )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -184,8 +202,12 @@ class Engine:
 
         A new tuple whenever the weights have changed.
         """
+        return self.segments_for(_LOOK_IMAGES)
+
+    def segments_for(self, images: int) -> tuple[Segment, ...]:
+        """As `segments`, after a look for changed weights as thorough as before so many images."""
         with take_turn(self, "the engine"), torch.inference_mode(False), torch.no_grad():
-            self._refresh()
+            self._refresh(images)
             return self._segments
 
     def warm_up(self, images: Tensor, policy: Policy | None = None) -> None:
@@ -236,15 +258,27 @@ class Engine:
 
         And the runtime in use, with what was measured of each.
         """
-        timings = tuple(self._timings.values())
-        return dataclasses.replace(self._tally.report(), runtime=self._ran_on, timings=timings)
+        runners = self._runners.values()
+        return dataclasses.replace(
+            self._tally.report(),
+            runtime=self._ran_on,
+            timings=tuple(self._timings.values()),
+            graphs=sum(runner.captured for runner in runners),
+            graph_bytes=sum(runner.nbytes for runner in runners),
+        )
 
     def reset_report(self) -> None:
         """Begin the counts anew."""
         self._tally = Tally((*self.exits, self.model.num_blocks))
 
     def _ready(self, images: Tensor) -> tuple[GraphSegment, ...]:
-        """What to run these images on, made for the weights as they are now; empty for torch."""
+        """What to run these images on, made for the weights as they are now; empty for torch.
+
+        With graphs `_run_buckets` does that.
+        """
+        if self._graphs:
+            self._ran_on = "torch"
+            return ()
         size = (images.shape[2], images.shape[3])
         runtime = self._runtime_for(min(len(images), self.max_batch), size)
         if runtime != "torch":
@@ -309,9 +343,14 @@ class Engine:
             self._forget()
 
     def _run(
-        self, graphs: tuple[GraphSegment, ...], images: Tensor, policy: Policy, start: int
+        self,
+        graphs: tuple[GraphSegment, ...],
+        images: Tensor,
+        policy: Policy,
+        start: int,
+        key: Hashable = None,
     ) -> Inference:
-        """Answer what is one part of a batch, from image `start` on."""
+        """Answer what is one part of a batch, from image `start` on; `key` is of its runner."""
         if not len(images):
             return self._blank(0, images.device)
         policy = policy.part(start, start + len(images))
@@ -319,14 +358,70 @@ class Engine:
             return self._run_graphs(graphs, images, policy)
         if self._graphs:
             try:
-                return self._runner(images, policy).run(images, policy, self._tally)
+                return self._run_buckets(images, policy, key or self._key(images, policy))
             except CaptureError as error:
                 if not self._may_launch:
                     raise
                 _logger.warning("CUDA graphs are off: %s", error)
                 self._graphs = False
-                self._drop_runners()
+                self._forget()
+                self._refresh()
         return self._run_plain(images, policy)
+
+    def _known_key(self, images: Tensor, policy: Policy | None) -> Hashable:
+        """The key of the runner that such images were answered by, under an equal policy; or None.
+
+        What such a call gives was admitted before, and is not looked at again.
+        """
+        if not self._runners or self.model.training or not isinstance(images, Tensor):
+            return None
+        if images.dim() != 4 or not 0 < len(images) <= self.max_batch:
+            return None
+        value = _value_key(policy or self.model.policy)
+        key = (_kind(images), value)
+        return key if value is not None and key in self._runners else None
+
+    def _key(self, images: Tensor, policy: Policy) -> Hashable:
+        """Of the runner that answers such images under such a policy."""
+        return _kind(images), _value_key(policy) or _rules_key(policy, self._places)
+
+    def _run_buckets(self, images: Tensor, policy: Policy, key: Hashable) -> Inference:
+        """Answer on graphs; whether the weights are still those is seen while the first one runs.
+
+        To look takes longer than to launch. What was computed of other weights is dropped.
+        """
+        share, changed = min(1.0, len(images) / _LOOK_IMAGES), False
+
+        def unchanged() -> bool:
+            nonlocal changed
+            changed = self._watch is None or self._watch.changed(share)
+            return not changed and self._folds_are_those()
+
+        runner = self._runners.get(key)
+        if runner is not None:
+            try:
+                answer = runner.run(images, policy, self._tally, unchanged)
+            except CaptureError:
+                raise
+            except Exception:
+                if unchanged():
+                    raise
+                answer = None
+            if answer is not None:
+                self._runners.move_to_end(key)
+                return answer
+        self.model.admit(images, policy)
+        if runner is not None:
+            self._renew(changed)
+        else:
+            self._refresh(len(images))
+        if key not in self._runners:
+            self._runners[key] = self._new_runner(images, policy)
+            while len(self._runners) > _MAX_RUNNERS:
+                self._runners.popitem(last=False)[1].release()
+        answer = self._runners[key].run(images, policy, self._tally)
+        assert answer is not None
+        return answer
 
     def _run_plain(self, images: Tensor, policy: Policy) -> Inference:
         answer = self._blank(len(images), images.device)
@@ -353,23 +448,19 @@ class Engine:
         layers = [spec.layer for spec in self.model.exits]
         return cut(adapter, layers, self._heads, self._places)
 
-    def _runner(self, images: Tensor, policy: Policy) -> BucketRunner:
-        kind = (images.shape[1:], images.dtype, chosen_backend())
-        key = (*kind, _policy_key(policy, self._segments))
-        if key not in self._runners:
-            self._runners[key] = BucketRunner(
-                self._segments,
-                policy,
-                self._buckets,
-                images[:1],
-                partial(self._blank, device=images.device),
-                capture_eager if self._graphs == "eager" else capture_graph,
-                self._speculate,
-            )
-            while len(self._runners) > _MAX_RUNNERS:
-                self._runners.popitem(last=False)[1].release()
-        self._runners.move_to_end(key)
-        return self._runners[key]
+    def _new_runner(self, images: Tensor, policy: Policy) -> BucketRunner:
+        size = (images.shape[2], images.shape[3])
+        programs = self._programs if self._compile else None
+        return BucketRunner(
+            self._segments,
+            policy,
+            self._buckets,
+            images[:1],
+            partial(self._blank, device=images.device),
+            partial(_program, self._segments, programs, size, _kind(images)),
+            capture_eager if self._graphs == "eager" else capture_graph,
+            self._speculate,
+        )
 
     def _blank(self, batch: int, device: torch.device) -> Inference:
         return self.model.blank(batch, device)
@@ -378,16 +469,18 @@ class Engine:
         """Make what is missing or was made from weights that are no more."""
         if self.model.training:
             raise RuntimeError("the model is in train mode: call model.eval() first")
-        dtype = self.model.compute_dtype
         share = min(1.0, images / _LOOK_IMAGES)
-        changed = self._watch is not None and self._watch.changed(share)
+        self._renew(self._watch is not None and self._watch.changed(share))
+
+    def _renew(self, changed: bool) -> None:
+        """Make what is missing; all of it if weights have changed."""
+        dtype = self.model.compute_dtype
         if self._watch is None or changed or dtype != self._dtype:
             self._forget()
             self._adapter, self._dtype = self._prepared_adapter(dtype), dtype
             packed = self._adapter is not self.model.adapter and not self._compile
             self._watch = Watch(self.model, [self.model if packed else self.model.exit_heads])
-        folds = self._folds()
-        if self._segments and all(map(operator.is_, folds, self._folded)):
+        if self._segments and self._folds_are_those():
             return
         self._drop_runners()  # graphs hold the addresses of folded weights
         self.model.prepare(anew=changed)
@@ -402,23 +495,18 @@ class Engine:
     def _drop_runners(self) -> None:
         while self._runners:
             self._runners.popitem()[1].release()
+        self._programs.clear()
 
     def _prepared_adapter(self, dtype: torch.dtype) -> Backbone:
         """The backbone on what runs its blocks fastest here; it shares the model's weights."""
         backbone = self.model.backbone
         parameter = next(backbone.parameters())
         on_cpu, plain = parameter.device.type == "cpu", parameter.dtype == dtype  # no autocast
-        if self._compile:
+        if self._compile and not self._graphs:
             return adapt(compiled_twin(backbone))
         if self._prepare and on_cpu and plain and dtype in (torch.float32, torch.bfloat16):
             return adapt(prepared_twin(backbone))
         return self.model.adapter
-
-    @property
-    def _places(self) -> list[int]:
-        """The numbers of the exits asked, from 0."""
-        layers = [spec.layer for spec in self.model.exits]
-        return [layers.index(layer) for layer in self.exits]
 
     @property
     def _heads(self) -> list[ExitHead]:
@@ -426,6 +514,9 @@ class Engine:
 
     def _folds(self) -> tuple[object, ...]:
         return tuple(head.folded for head in self._heads)
+
+    def _folds_are_those(self) -> bool:
+        return all(map(operator.is_, self._folds(), self._folded))
 
 
 def _check_runtime(model: LGViT, runtime: str, tied: bool) -> None:
@@ -439,11 +530,47 @@ def _check_runtime(model: LGViT, runtime: str, tied: bool) -> None:
         check_runtime(model, runtime)
 
 
-def _policy_key(policy: Policy, segments: Sequence[Segment]) -> Hashable:
-    """What a captured segment takes from a policy: its rules, and how it decides."""
-    rules = tuple(policy.rule(segment.index) for segment in segments if not segment.is_last)
+def _kind(images: Tensor) -> Hashable:
+    """What a captured segment takes from images and from where it is called."""
+    device = images.device
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return device, images.shape[1:], images.dtype, autocast, chosen_backend()
+
+
+def _value_key(policy: Policy) -> Hashable:
+    """What a captured segment takes from a policy, where that is plain to see; else None."""
+    if type(policy) is Replay:
+        return Replay
+    if type(policy) in POLICIES.values():
+        try:
+            hash(policy)
+        except TypeError:  # a list of thresholds
+            return None
+        return policy
+    return None
+
+
+def _rules_key(policy: Policy, exits: Sequence[int]) -> Hashable:
+    """What a captured segment takes from any policy: its rules, and how it decides."""
+    rules = tuple(policy.rule(index) for index in exits)
     reads_only_state = type(policy).decide in (Policy.decide, Replay.decide)
     return type(policy), rules, None if reads_only_state else id(policy)
+
+
+def _program(
+    segments: Sequence[Segment],
+    programs: dict[Hashable, Program] | None,
+    image_size: tuple[int, int],
+    kind: Hashable,
+    place: int,
+    bucket: int,
+) -> Program:
+    """What a segment does at a batch size, compiled if `programs`, which keeps it, is given."""
+    if programs is None:
+        return partial(segments[place].advance, image_size=image_size)
+    if (kind, place, bucket) not in programs:
+        programs[kind, place, bucket] = compiled_segment(segments[place], image_size)
+    return programs[kind, place, bucket]
 
 
 def _checked_exits(model: LGViT, exits: Sequence[int] | None) -> tuple[int, ...]:

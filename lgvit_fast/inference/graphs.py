@@ -8,10 +8,11 @@ segment treats rows independently.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,53 +20,175 @@ from torch import Tensor
 from lgvit_fast.inference.report import Tally
 from lgvit_fast.ops.end_exit import Counts, end_exit_
 from lgvit_fast.outputs import Inference
-from lgvit_fast.policies import Policy
+from lgvit_fast.policies import Learned, Policy
 from lgvit_fast.segments import Segment
 
-__all__ = ["BucketRunner", "CaptureError", "capture_eager", "capture_graph", "default_buckets"]
+__all__ = [
+    "BucketRunner",
+    "CaptureError",
+    "Program",
+    "capture_eager",
+    "capture_graph",
+    "default_buckets",
+]
 
-Capture = Callable[[Callable[[], None], Any], Callable[[], None]]
+Capture = Callable[[Callable[[], None], Any, Any], Callable[[], None]]
+# What a segment does before the policy comes in: tokens in, what `Segment.advance` gives out.
+Program = Callable[[Tensor], tuple[Tensor, Any]]
 
 
 def default_buckets(max_batch: int) -> tuple[int, ...]:
-    """Powers of two to 8, then a sixteenth of `max_batch` apart: at most that many rows of padding.
+    """1, 2, 4, 8, 12, 16, 24, 32, then a sixteenth of `max_batch` apart, in multiples of 8.
 
-    Steps are multiples of 8, which GEMM tiles like.
+    Up to 32 at most a third of the rows is padding, beyond at most a sixteenth of `max_batch`.
     """
     step = max(8, -(-max_batch // 128) * 8)
-    small = [size for size in (1, 2, 4, 8) if size < max_batch]
-    return (*small, *range(step * 2 if step == 8 else step, max_batch, step), max_batch)
+    small = [size for size in (1, 2, 4, 8, 12, 16, 24, 32) if size < max_batch]
+    return (*small, *(size for size in range(step, max_batch, step) if size > 32), max_batch)
 
 
 class CaptureError(RuntimeError):
     """A segment ran, but could not be recorded as a CUDA graph."""
 
 
-def capture_graph(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+def capture_graph(work: Callable[[], None], pool: Any, side: Any) -> Callable[[], None]:
     """Record the kernels that `work` launches as a CUDA graph. Run `work` before, to warm it up.
+
+    Other threads may use the device meanwhile.
+
+    Args:
+        work: what to record.
+        pool: of memory, which graphs that do not run at the same time may share.
+        side: the stream to record on; one for all graphs of a pool.
 
     Raises:
         CaptureError: `work` does what a graph cannot hold.
-        torch.OutOfMemoryError: no memory is left for the graph.
+        Exception: any other that `work` raises, torch.OutOfMemoryError among them.
     """
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            work()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise CaptureError(f"a segment cannot be captured as a CUDA graph: {error}") from error
+    with torch.cuda.stream(side):
+        try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error is the one that tells
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except RuntimeError as error:
+            if not is_of_capture(error):
+                raise
+            raise CaptureError(f"a segment cannot be captured as a CUDA graph: {error}") from error
     return graph.replay
 
 
-def capture_eager(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+def is_of_capture(error: RuntimeError) -> bool:
+    """Whether CUDA or torch refused to record something; both say so of every such error."""
+    return not isinstance(error, torch.OutOfMemoryError) and "captur" in str(error)
+
+
+def capture_eager(work: Callable[[], None], pool: Any, side: Any) -> Callable[[], None]:
     """No graph: the same buffers and batch sizes, each kernel launched anew. Runs on any device."""
     return work
 
 
+class _Section(NamedTuple):
+    """A tensor within a piece of memory."""
+
+    start: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def stop(self) -> int:
+        """Where the next one may begin: CUDA copies 16 bytes at a time."""
+        return self.start + -(-self.shape[0] * self.row_bytes // 16) * 16
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor, in memory `[n]` uint8."""
+        stop = self.start + self.shape[0] * self.row_bytes
+        return memory[self.start : stop].view(self.dtype).view(self.shape)
+
+
+class _Ledger:
+    """All that is known of the images on their way beside their tokens, side by side.
+
+    What a batch begins with is its front, what it ends with its back: one copy from the host begins a
+    batch, and one gives its answers.
+
+    Args:
+        rows: images, at most.
+        segments: how many.
+        state: `[rows, ...]` a policy's state at the start.
+        answer: `[1]`, an answer.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, rows: int, segments: int, state: Tensor, answer: Inference, device: torch.device
+    ) -> None:
+        sections: list[_Section] = []
+
+        def add(length: int, like: Tensor) -> _Section:
+            start = sections[-1].stop if sections else 0
+            sections.append(_Section(start, (length, *like.shape[1:]), like.dtype))
+            return sections[-1]
+
+        places = torch.arange(rows)
+        entering, own, policy = add(segments + 1, places), add(rows, places), add(rows, state)
+        # Of the answers, a last one may be written by padding.
+        self._back = [add(rows + 1, like) for like in reversed(answer.tensors())]
+        self._names = answer.class_names
+        self.memory = torch.zeros(sections[-1].stop, dtype=torch.uint8, device=device)
+        self.entering = entering.of(self.memory)  # images before each segment, and after the last
+        self.rows = own.of(self.memory)  # each image's place in the answer
+        self.state = policy.of(self.memory)
+        self.answer = [section.of(self.memory) for section in reversed(self._back)]
+
+        nonfinite = self._back[0]
+        self._front = self.memory[: nonfinite.stop]
+        on_gpu = device.type == "cuda"
+        self._host = torch.zeros(nonfinite.stop, dtype=torch.uint8, pin_memory=on_gpu)
+        self._read = torch.cuda.Event() if on_gpu else None  # by the last copy
+        own.of(self._host).copy_(places)
+        self._first_state = policy.of(self._host)
+        self._first_state.copy_(state)
+        self._count = entering.of(self._host)[:1]
+
+    def begin(self, batch: int, state: Tensor | None) -> None:
+        """Take in a batch. Its policy's state `[B, ...]`, on any device; None: as it was made with."""
+        if self._read is not None:
+            self._read.synchronize()  # it was long ago
+        self._count.fill_(batch)
+        if state is not None:
+            self._first_state[:batch].copy_(state)
+        self._front.copy_(self._host, non_blocking=True)
+        if self._read is not None:
+            self._read.record(torch.cuda.current_stream(self.memory.device))
+
+    def answers(self, batch: int) -> Inference:
+        """The answers of a batch, in memory of their own."""
+        start, sizes = self._back[0].start, []
+        for section in self._back:
+            used = batch * section.row_bytes
+            sizes += [used, section.stop - section.start - used]
+        back = self.memory[start : start + sum(sizes[:-1])].clone()
+        parts = back.split_with_sizes(sizes[:-1])[::2]
+        nonfinite, layer, index, logits = (
+            part.view(section.dtype) for part, section in zip(parts, self._back, strict=True)
+        )
+        return Inference(logits.view(batch, -1), index, layer, nonfinite, self._names)
+
+
 class BucketRunner:
     """Runs batches through segments captured at the sizes in `buckets`.
+
+    What a graph reads stays in memory until `release`, whatever becomes of the model.
 
     Args:
         segments: from shallow to deep; their heads are prepared.
@@ -74,6 +197,7 @@ class BucketRunner:
         buckets: increasing batch sizes; the last is the largest batch.
         sample: `[1, channels, height, width]`, an image like those to come.
         blank: makes an empty `Inference` of so many rows.
+        program: what the segment at a place does at a batch size: `Segment.advance`, or that compiled.
         capture: `capture_graph` or `capture_eager`.
         speculate: launch the next segment before this one's survivors have been counted.
     """
@@ -85,69 +209,106 @@ class BucketRunner:
         buckets: Sequence[int],
         sample: Tensor,
         blank: Callable[[int], Inference],
+        program: Callable[[int, int], Program],
         capture: Capture,
         speculate: bool = False,
     ) -> None:
         device, rows = sample.device, buckets[-1]
-        self._segments, self._policy = segments, policy
+        self._segments, self._policy, self._program = segments, policy, program
         self._buckets, self._capture, self._speculate = tuple(buckets), capture, speculate
         self._image_size = (sample.shape[2], sample.shape[3])
+        # A user's own policy may start each image otherwise.
+        self._starts_alike = type(policy).start in (Policy.start, Learned.start)
         state = policy.part(0, 1).start(1, device)
         self.images = sample.new_zeros(rows, *sample.shape[1:])
         self.tokens = self._buffers(sample, state.clone())
-        self.state = state.new_zeros(rows, *state.shape[1:])
-        self.rows = torch.arange(rows, device=device)
-        self.answer = blank(rows + 1)  # the last may be written by padding
-        self._all_rows = torch.arange(rows, device=device)
+        beginning = state.expand(rows, *state.shape[1:])
+        self.ledger = _Ledger(rows, len(segments), beginning, blank(1), device)
         on_gpu = device.type == "cuda"
-        # Images before each segment and after the last, and where the host reads those after each.
-        self._entering = torch.zeros(len(segments) + 1, dtype=torch.int64, device=device)
-        self.counts = self._entering[1:].cpu().pin_memory() if on_gpu else self._entering[1:]
+        entering = self.ledger.entering
+        # Where the host reads how many images each segment left.
+        self.counts = entering[1:].cpu().pin_memory() if on_gpu else entering[1:]
         self._scratch = torch.zeros(1, dtype=torch.int32, device=device)
         self._events = [torch.cuda.Event() if on_gpu else None for _ in segments]
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._side = torch.cuda.Stream(device) if on_gpu else None
         self._done = torch.cuda.Event() if on_gpu else None
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
+        self._graph_bytes = 0
+        model = segments[0].adapter.model
+        weights = [*model.parameters(), *model.buffers()]
+        self._weights = [weight.untyped_storage() for weight in weights if not weight.is_mkldnn]
 
-    def run(self, images: Tensor, policy: Policy, tally: Tally) -> Inference:
-        """Answer `[B, ...]` images, 1 <= B <= the largest bucket. Waits at most once per exit."""
+    def run(
+        self,
+        images: Tensor,
+        policy: Policy,
+        tally: Tally,
+        unchanged: Callable[[], bool] | None = None,
+    ) -> Inference | None:
+        """Answer `[B, ...]` images, 1 <= B <= the largest bucket. Waits at most once per exit.
+
+        Args:
+            images: on the device of the sample.
+            policy: see the class.
+            tally: counts the rows run.
+            unchanged: asked once, when the first segment was launched: whether that was right. If not
+                the batch is dropped, and the result is None.
+        """
         batch = len(images)
         if self._done is not None:  # an earlier run on another stream may still use the buffers
             torch.cuda.current_stream(images.device).wait_event(self._done)
-        self.images[:batch].copy_(images)
-        self.state[:batch].copy_(policy.start(batch, images.device))
-        self.rows[:batch].copy_(self._all_rows[:batch])
-        self._entering[0].fill_(batch)
-        self.answer.nonfinite.zero_()
-
-        known = arrived = batch  # what the host knows of, and what really entered a segment
-        for place, segment in enumerate(self._segments):
-            bucket = self._bucket(known)
-            self._step(place, bucket)()
-            self._mark(place)
-            launched = known
-            if self._speculate and place:
-                known = arrived = self._count(place - 1)
-            elif not self._speculate and not segment.is_last:
-                known = self._count(place)
-            tally.add(place, arrived, padded=bucket - launched, wasted=launched - arrived)
-            if not known:
-                break
-            arrived = known
-        answer = self.answer.map(lambda t: t[:batch].clone())
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(images.device))
-        return answer
+        try:
+            self.images.narrow(0, 0, batch).copy_(images)
+            host = torch.device("cpu")
+            self.ledger.begin(batch, None if self._starts_alike else policy.start(batch, host))
+            known = arrived = batch  # what the host knows of, and what really entered a segment
+            for place, segment in enumerate(self._segments):
+                bucket = self._bucket(known)
+                self._step(place, bucket)()
+                self._mark(place)
+                if unchanged is not None and not place and not unchanged():
+                    return None
+                launched = known
+                if self._speculate and place:
+                    known = arrived = self._count(place - 1)
+                elif not self._speculate and not segment.is_last:
+                    known = self._count(place)
+                tally.add(place, arrived, padded=bucket - launched, wasted=launched - arrived)
+                if not known:
+                    break
+                arrived = known
+            return self.ledger.answers(batch)
+        finally:
+            if self._done is not None:
+                self._done.record(torch.cuda.current_stream(images.device))
 
     def warm_up(self) -> None:
         """Capture every segment at every size now instead of when it is first needed."""
-        for place in range(len(self._segments)):
-            for bucket in self._buckets:
+        for bucket in reversed(self._buckets):  # smaller ones fit into the memory of larger ones
+            for place in range(len(self._segments)):
                 self._step(place, bucket)
 
     def release(self) -> None:
-        """Drop the captured steps, which refer to this runner, so that it is freed when let go of."""
+        """Wait for the last batch, then drop what was captured and what it reads.
+
+        The captured steps refer to this runner: without them it is freed when let go of.
+        """
+        if self._done is not None:
+            self._done.synchronize()
         self._steps.clear()
+        self._weights.clear()
+
+    @property
+    def captured(self) -> int:
+        """How many pairs of a segment and a batch size are captured."""
+        return len(self._steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, and of what the device had less after each capture."""
+        once = {id(buffer): buffer for buffer in (*self.tokens, self.ledger.memory)}
+        return self._graph_bytes + sum(buffer.nbytes for buffer in once.values())
 
     def _buffers(self, sample: Tensor, state: Tensor) -> list[Tensor]:
         """What each segment reads; segments whose tokens have one shape share a buffer."""
@@ -176,46 +337,52 @@ class BucketRunner:
         # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
         # the segment on what is in the buffers, so they are put back.
         once = {id(buffer): buffer for buffer in self.tokens[1:]}
-        buffers = (*once.values(), self.state, self.rows, self._entering, *self.answer.tensors())
+        buffers = (*once.values(), self.ledger.memory)
         saved = [buffer.clone() for buffer in buffers]
-        self._entering.fill_(bucket)  # of an earlier run there may be more
-        if self._pool is not None:
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+        self.ledger.entering.fill_(bucket)  # of an earlier run there may be more
+        if self._side is not None:
+            current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
                 work()
                 work()
-            current.wait_stream(side)
+            current.wait_stream(self._side)
         else:
             work()
-        step = self._capture(work, self._pool)
+        free = self._free_bytes()
+        step = self._capture(work, self._pool, self._side)
+        self._graph_bytes += max(0, free - self._free_bytes())
         for buffer, content in zip(buffers, saved, strict=True):
             buffer.copy_(content)
         return step
 
+    def _free_bytes(self) -> int:
+        return 0 if self._side is None else torch.cuda.mem_get_info(self.images.device)[0]
+
     def _work(self, place: int, bucket: int) -> Callable[[], None]:
         """One segment on the first `bucket` rows; its survivors end up in the first rows."""
-        segment = self._segments[place]
-        tokens, state, rows = self.tokens[place][:bucket], self.state[:bucket], self.rows[:bucket]
+        segment, program = self._segments[place], self._program(place, bucket)
+        ledger, tokens = self.ledger, self.tokens[place][:bucket]
+        state, rows = ledger.state[:bucket], ledger.rows[:bucket]
         into = None if segment.is_last else self.tokens[place + 1]
-        answer = self.answer.tensors()
-        told = self.counts[place : place + 1] if self._pool is not None else None
+        told = self.counts[place : place + 1] if self._side is not None else None
         counts = Counts(
-            entering=self._entering[place : place + 1],
-            survivors=self._entering[place + 1 : place + 2],
+            entering=ledger.entering[place : place + 1],
+            survivors=ledger.entering[place + 1 : place + 2],
             told=told,
             scratch=self._scratch,
         )
 
         def work() -> None:
             with _no_autocast_cache():
-                after, step = segment(tokens, state, self._image_size, self._policy)
+                after, read = program(tokens)
+                step = segment.decide(read, after, state, self._policy)
                 end_exit_(
                     step,
                     after,
                     rows,
                     state,
-                    answer,
+                    ledger.answer,
                     segment.index,
                     segment.stop,
                     into=into,

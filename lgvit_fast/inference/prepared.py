@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
 
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lgvit_fast.backbones import adapt
 from lgvit_fast.model import LGViT
 from lgvit_fast.ops.linear import PackedLinear
+from lgvit_fast.segments import Segment
 
-__all__ = ["compiled_twin", "pack_", "prepared_twin"]
+__all__ = ["compiled_segment", "compiled_twin", "pack_", "prepared_twin"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 _logger = logging.getLogger("lgvit_fast")
@@ -40,6 +44,25 @@ def compiled_twin(backbone: nn.Module) -> nn.Module:
         if id(module) in blocks:
             twin.set_submodule(name, torch.compile(module, dynamic=True))  # type: ignore[arg-type]
     return twin
+
+
+def compiled_segment(
+    segment: Segment, image_size: tuple[int, int]
+) -> Callable[[Tensor], tuple[Tensor, Any]]:
+    """`segment.advance` as one compiled graph, for tokens of the shape that it is first called with.
+
+    So what is between two products of matrices becomes one kernel, across blocks too.
+    """
+
+    def advance(tokens: Tensor) -> tuple[Tensor, Any]:
+        return segment.advance(tokens, image_size)
+
+    # torch keeps what it compiled with the code object, and compiles few versions of one.
+    code = advance.__code__.replace(co_name=f"segment_{segment.index}")
+    own = FunctionType(code, advance.__globals__, closure=advance.__closure__)
+    compiled: Callable[[Tensor], tuple[Tensor, Any]]
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    return compiled
 
 
 def pack_(model: LGViT) -> LGViT:

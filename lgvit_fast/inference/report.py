@@ -67,6 +67,8 @@ class Report:
             enough or no more came; 0 for an engine.
         runtime: what the last batch ran on, "torch", "onnxruntime" or "openvino".
         timings: what `Engine.warm_up` measured or found in the user's cache, for each batch size.
+        graphs: graphs that an engine holds, each of a segment at a batch size.
+        graph_bytes: memory of their buffers, and of the graphs themselves on a GPU.
     """
 
     segments: tuple[SegmentReport, ...]
@@ -74,6 +76,8 @@ class Report:
     forced: int = 0
     runtime: str = "torch"
     timings: tuple[RuntimeTiming, ...] = ()
+    graphs: int = 0
+    graph_bytes: int = 0
 
     @property
     def left(self) -> tuple[int, ...]:
@@ -106,6 +110,8 @@ class Report:
             f" runs below a full batch {self.forced}"
         )
         lines.append(f"on {self.runtime}")
+        if self.graphs:
+            lines.append(f"{self.graphs} graphs, {self.graph_bytes / 2**20:.0f} MiB")
         lines += [f"{timing.fastest} chosen for {timing}" for timing in self.timings]
         return "\n".join(lines)
 

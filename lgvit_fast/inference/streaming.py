@@ -369,11 +369,13 @@ class Stream(Iterator[Answer]):
     def _run(self, place: int, forced: bool = False) -> None:
         """Run a segment on what waits for it, at most a batch. Changes nothing if it fails."""
         before = self._state
-        segment, queue = self._segments()[place], before.queues[place]
+        queue = before.queues[place]
         batch, rest = queue[: self._batch_size], queue[self._batch_size :]
+        segment = self._segments(len(batch))[place]
         tokens = torch.stack([ticket.tokens for ticket in batch])
         state = torch.stack([ticket.state for ticket in batch])
         tokens, step = segment(tokens, state, before.image_size, self._policy)
+        order = step.leave.byte().argsort(stable=True)  # those that stay, then those that leave
         left, valid = torch.stack((step.leave, step.valid)).tolist()  # the one wait
 
         batch = [
@@ -382,13 +384,15 @@ class Stream(Iterator[Answer]):
         ]
         gone = [i for i, leaves in enumerate(left) if leaves]
         stay = [i for i, leaves in enumerate(left) if not leaves]
-        leavers = zip([batch[i] for i in gone], step.logits[gone].unbind(), strict=True)
+        logits = step.logits[order[len(stay) :]]
+        leavers = zip([batch[i] for i in gone], logits.unbind(), strict=True)
         names = self._engine.model.class_names
         answers = [
             Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target, names)
             for t, row in leavers
         ]
-        survivors = zip(tokens[stay].unbind(), state[stay].unbind(), strict=True)
+        on = order[: len(stay)]
+        survivors = zip(tokens[on].unbind(), state[on].unbind(), strict=True)
         joined = [
             batch[i]._replace(tokens=row, state=kept)
             for i, (row, kept) in zip(stay, survivors, strict=True)
@@ -413,8 +417,8 @@ class Stream(Iterator[Answer]):
                 due += 1
         return state._replace(ready=ready, given=0, held=held, due=due)
 
-    def _segments(self) -> tuple[Segment, ...]:
-        segments = self._engine.segments
+    def _segments(self, images: int) -> tuple[Segment, ...]:
+        segments = self._engine.segments_for(images)
         if segments is not self._running:
             on_their_way = sum(map(len, self._state.queues[1:]))
             if on_their_way:

@@ -17,7 +17,7 @@ from lgvit_fast.exit_rules import ExitStep
 from lgvit_fast.ops.compact import MAX_CUDA_ROWS, compact_
 from lgvit_fast.ops.dispatch import Backend, Op
 
-__all__ = ["Counts", "end_exit_"]
+__all__ = ["Counts", "Waiting", "end_exit_", "waiting"]
 
 
 class Counts(NamedTuple):
@@ -38,6 +38,27 @@ class Counts(NamedTuple):
     scratch: Tensor
 
 
+class Waiting(NamedTuple):
+    """What exits that wait for their count write to; one for all exits of a batch, see `waiting`.
+
+    Attributes:
+        told: `[1]` int64 on the host, pinned for a CUDA device: receives how many stay.
+        scratch: as of `Counts`; None on the CPU.
+    """
+
+    told: Tensor
+    scratch: Tensor | None
+
+
+@torch.compiler.disable
+def waiting(device: torch.device) -> Waiting:
+    """Memory for the exits of a batch that is on `device`, one after another on one stream."""
+    on_gpu = device.type == "cuda"
+    told = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
+    scratch = torch.zeros(1, dtype=torch.int32, device=device) if on_gpu else None
+    return Waiting(told, scratch)
+
+
 @torch.compiler.disable  # the count is read on the host: the one break an exit cannot avoid
 def end_exit_(
     step: ExitStep,
@@ -49,7 +70,7 @@ def end_exit_(
     layer: int,
     *,
     into: Tensor | None = None,
-    counts: Counts | None = None,
+    counts: Counts | Waiting | None = None,
     backend: str | None = None,
 ) -> int | None:
     """Answer the images that leave and pack the others into the first rows, in place.
@@ -68,8 +89,9 @@ def end_exit_(
         index: the exit, from 0.
         layer: the block before it, from 1.
         into: `[>= B, ...]` like `tokens`: the survivors' tokens go to its first rows instead.
-        counts: without it the call waits for n and returns it. With it nobody waits; rows behind
-            `counts.entering` are padding, and the last row of the answer may be written with anything.
+        counts: without `Counts` the call waits for n and returns it; `Waiting` spares it an allocation.
+            With `Counts` nobody waits; rows behind `counts.entering` are padding, and the last row of
+            the answer may be written with anything.
         backend: "auto", "cpp" or "torch"; None takes the choice in force.
 
     Raises:
@@ -93,38 +115,36 @@ class _Call(NamedTuple):
     answer: Sequence[Tensor]
     place: tuple[int, int]
     into: Tensor | None
-    counts: Counts | None
+    counts: Counts | Waiting | None
 
 
 def _run_cpp(logits: Tensor, call: _Call) -> int | None:
-    counts, on_gpu = call.counts, logits.is_cuda
-    if counts is None:
-        told = torch.empty(1, dtype=torch.int64, pin_memory=on_gpu)
-        entering, written = None, [told]
-        scratch = torch.zeros(1, dtype=torch.int32, device=logits.device) if on_gpu else None
+    counts = waiting(logits.device) if call.counts is None else call.counts
+    if isinstance(counts, Counts):
+        entering, written = counts.entering, [counts.survivors]
+        written += [] if counts.told is None else [counts.told]
     else:
-        entering, scratch = counts.entering, counts.scratch
-        written = [counts.survivors] if counts.told is None else [counts.survivors, counts.told]
+        entering, written = None, [counts.told]
     torch.ops.lgvit_fast.end_exit_(
         *(*call.step, call.tokens, call.into, call.rows, call.state, list(call.answer)),
-        *(entering, written, scratch, *call.place),
+        *(entering, written, counts.scratch, *call.place),
     )
-    if counts is not None:
+    if isinstance(counts, Counts):
         return None
-    if on_gpu:
+    if logits.is_cuda:
         torch.cuda.current_stream(logits.device).synchronize()
-    return int(told)
+    return int(counts.told)
 
 
 def _run_torch(logits: Tensor, call: _Call) -> int | None:
     """The reference: what every backend is compared with."""
-    if call.counts is None:
-        return _waiting(call)
+    if not isinstance(call.counts, Counts):
+        return _with_wait(call)
     _without_wait(call, call.counts)
     return None
 
 
-def _waiting(call: _Call) -> int:
+def _with_wait(call: _Call) -> int:
     step, rows = call.step, call.rows
     _answer(call, rows[step.leave], step.logits[step.leave], rows[~step.valid])
     n: int = compact_(call.tokens, ~step.leave, rows, call.state, backend="torch")

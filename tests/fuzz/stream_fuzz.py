@@ -86,7 +86,7 @@ def fake_engine() -> Any:
         admit=lambda images, policy: policy,
     )
     segments = tuple(Segment(index) for index in range(NUM_EXITS + 1))
-    return SimpleNamespace(exits=(1, 2), model=model, segments=segments)
+    return SimpleNamespace(exits=(1, 2), model=model, segments_for=lambda images: segments)
 
 
 def batches(case: Case) -> list[Any]:

@@ -31,7 +31,7 @@ def test_an_exit_in_buckets_adds_few_operations():
 
     for segment, step in zip(engine.segments, runner._steps.values(), strict=True):
         tokens = runner.tokens[segment.index]
-        state = runner.state
+        state = runner.ledger.state
 
         def head(segment=segment, tokens=tokens, state=state):
             with torch.no_grad():
@@ -52,3 +52,22 @@ def test_smaller_batches_can_be_captured_after_larger_ones():
     engine.warm_up(images[:1], everywhere)
     again = engine(images, everywhere)
     assert all(map(torch.equal, first.tensors(), again.tensors()))
+
+
+def test_a_segment_of_a_stream_sends_nothing_to_the_device(monkeypatch):
+    """A list of rows as an index is copied there, and the host waits for it."""
+    model = tiny_model().eval()
+    engine = lgvit_fast.Engine(model, max_batch=8, runtime="torch")
+    images = torch.randn(8, 3, *model.backbone.patch_embed.img_size)
+    everywhere = lgvit_fast.Replay(torch.arange(8) % (len(model.exits) + 1))
+    engine(images, everywhere)
+    stream = lgvit_fast.stream(engine, [images], 8, policy=everywhere)
+    while not stream._state.queues[0]:
+        stream._advance()
+    looks, look = [], engine._watch.changed
+    monkeypatch.setattr(engine._watch, "changed", lambda share: looks.append(share) or look(share))
+    with torch.no_grad():
+        names = operations(lambda: stream._run(0))
+    assert "aten::lift_fresh" not in names and names.count("aten::index") == 3
+    assert looks == [8 / 32]  # as thorough as of an engine's batch
+    assert sorted(answer.exit_index for answer in stream) == sorted(everywhere.exit_index.tolist())

@@ -1,6 +1,5 @@
 import copy
 import threading
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 import lgvit_fast
 from lgvit_fast.inference import Engine
 from lgvit_fast.inference import engine as engine_module
-from lgvit_fast.inference.graphs import CaptureError, default_buckets
+from lgvit_fast.inference.graphs import CaptureError
 from tests.helpers import images, tiny_model
 
 MODES = {
@@ -113,11 +112,11 @@ def test_buffers_are_kept_and_released(model):
     engine = Engine(model, max_batch=8, graphs="eager")
     engine(images(8), lgvit_fast.Patience(2))
     runner = next(iter(engine._runners.values()))
-    places = [t.data_ptr() for t in (*runner.tokens, runner.state, runner.rows)]
+    places = [t.data_ptr() for t in (*runner.tokens, runner.ledger.memory)]
     for batch in (3, 8, 1):
         engine(images(batch), lgvit_fast.Patience(2))
     assert next(iter(engine._runners.values())) is runner
-    assert places == [t.data_ptr() for t in (*runner.tokens, runner.state, runner.rows)]
+    assert places == [t.data_ptr() for t in (*runner.tokens, runner.ledger.memory)]
     engine.release()
     assert not engine._runners
     assert_same(engine(images(3)), model.infer(images(3)))
@@ -303,20 +302,9 @@ def test_bad_images(model, mode):
         Engine(model, **mode)(images(2, (31, 32)))
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 7, 8, 16, 60, 64, 256, 1000])
-def test_default_buckets_waste_little(max_batch):
-    sizes = default_buckets(max_batch)
-    assert list(sizes) == sorted(set(sizes))
-    assert sizes[0] == 1
-    assert sizes[-1] == max_batch
-    gaps = [b - a for a, b in pairwise(sizes)]
-    assert all(gap <= max(8, max_batch / 8) for gap in gaps)
-    assert len(sizes) <= 24
-
-
 @pytest.mark.parametrize("error", [CaptureError, torch.OutOfMemoryError, RuntimeError])
 def test_only_a_failed_capture_turns_graphs_off(model, monkeypatch, error):
-    def capture(work, pool):
+    def capture(work, pool, side):
         raise error("cannot")
 
     engine = Engine(model, max_batch=4)
