@@ -39,6 +39,7 @@ def swin() -> lgvit_fast.LGViT:
     """Three blocks of a tiny Swin in two stages, with a local and a global head."""
     size = {"img_size": 48, "patch_size": 4, "window_size": 3, "embed_dim": 16, "num_classes": 7}
     stages = {"depths": (2, 1), "num_heads": (1, 2)}
+    torch.manual_seed(0)  # every process makes the same model
     made = lgvit_fast.create_model(
         "swin_tiny_patch4_window7_224", exits=[1, 2], heads=["lph_full", "gah_1"], **size, **stages
     )
