@@ -115,7 +115,7 @@ class Slow(lgvit_fast.Patience):
         leave.wait(60)
         return leave_
 
-running = stream(engine, [pool, pool], 4, policy=Slow(2))
+running = stream(engine.model, [pool, pool], 4, policy=Slow(2))
 threads = [threading.Thread(target=engine, args=(pool, Slow(2))),
            threading.Thread(target=next, args=(running,))]
 for thread in threads:
