@@ -108,31 +108,40 @@ def project_tile(
 
 
 def projection_configs() -> list[triton.Config]:
-    """Tiles of a projection; BLOCK_M is the launcher's choice (`projection_rows`)."""
+    """Tiles of a projection; BLOCK_M is the launcher's choice (`projection_rows`).
+
+    ptxas would rather spill than run fewer programs at a time, unless told how far it may go.
+    """
     return [
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for n, k, warps, stages in (
-            (128, 64, 8, 3),
-            (256, 64, 8, 3),
-            (128, 32, 8, 3),
-            (128, 64, 4, 3),
-            (64, 64, 4, 4),
-            (32, 64, 4, 4),
-            (64, 32, 4, 3),
+        triton.Config(
+            {"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages, maxnreg=registers
+        )
+        for n, k, warps, stages, registers in (
+            (128, 64, 8, 3, None),
+            (256, 32, 16, 7, 128),  # stages that only sm_90 and sm_100 hold, which gain from it
+            (128, 32, 8, 3, None),
+            (128, 64, 4, 3, None),
+            (64, 64, 4, 4, 255),
+            (32, 64, 4, 4, None),
+            (64, 32, 4, 3, None),
         )
     ]
 
 
 def projection_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
-    """A tile of both operands for each stage must fit.
+    """A tile of both operands for each stage must fit, and what a thread holds its registers.
 
-    Float32 products have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill.
+    A thread has at most 64 accumulators: twice as many spill beside an epilogue. Float32 products
+    have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill. So they do where a
+    thread averages more than 32 numbers a step.
     """
-    itemsize = args["x"].element_size()
+    itemsize, rows, threads = args["x"].element_size(), args["BLOCK_M"], 32 * config.num_warps
     depth, columns = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_N"]
+    if rows * columns > 64 * threads or (args.get("AVERAGE") and rows * depth > 32 * threads):
+        return False
     if itemsize == 4 and (depth > 32 or columns > 128):
         return False
-    return config.num_stages * (args["BLOCK_M"] + columns) * depth * itemsize <= limit
+    return config.num_stages * (rows + columns) * depth * itemsize <= limit
 
 
 def projection_rows(rows: int, columns: int) -> int:

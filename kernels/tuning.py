@@ -63,8 +63,7 @@ class Tuned(triton.KernelInterface[Any]):
         dtypes = (value.dtype for value in args if isinstance(value, torch.Tensor))
         key = (device, *(named[name] for name in self.key), *dtypes)
         if key not in self.chosen:
-            limit = triton.runtime.driver.active.utils.get_device_properties(device)
-            candidates = fitting(self.configs, self.fits, limit["max_shared_mem"], named)
+            candidates = fitting(self.configs, self.fits, shared_memory(device), named)
             if torch.cuda.is_current_stream_capturing():
                 return candidates[0]
             tuner = triton.autotune(candidates, self.key, do_bench=_measure, cache_results=True)
@@ -72,6 +71,13 @@ class Tuned(triton.KernelInterface[Any]):
             tuner.run(*args, **kwargs)
             self.chosen[key] = tuner.best_config
         return self.chosen[key]
+
+
+def shared_memory(device: int) -> int:
+    """The bytes of shared memory that a program can have."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    limit: int = properties["max_shared_mem"]
+    return limit
 
 
 def fitting(
