@@ -79,6 +79,7 @@ TORCH_LIBRARY_IMPL(lgvit_fast, ADInplaceOrView, m) {
 }
 
 TORCH_LIBRARY_IMPL(lgvit_fast, Autograd, m) {
-  for (const char* name : {"compact_", "end_exit_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"})
+  for (const char* name :
+       {"compact_", "end_exit_", "lph_tail", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
 }

@@ -1,6 +1,6 @@
-"""What the kernels share: the exact gelu, pooled loads, a projection tile, autotuning, checks."""
+"""What the kernels share: gelu, pooled loads, a projection tile and its candidates, checks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether kernels run on the CPU (``TRITON_INTERPRET=1`` was set before the first import)."""
+from lgvit_fast.kernels.tuning import INTERPRETED
 
-EMULATED = tl.constexpr(INTERPRETED)  # the same, as kernels read it
+EMULATED = tl.constexpr(INTERPRETED)  # as kernels read it
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -21,6 +20,27 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def gelu(x):
     """The exact gelu, `x Phi(x)`, in float32."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_of(x, dtype: tl.constexpr):
+    """The exact gelu to the precision of a dtype: for one of 16 bits within 1.7e-4.
+
+    There Phi is an odd polynomial, clamped where it leaves [0, 1] for good, at |x| > 3.8.
+    csrc/stable/cuda/lph_tail_kernel.cu has the same one.
+    """
+    if dtype == tl.float32:
+        y = gelu(x)
+    else:
+        t = x * x
+        q = 2.483462857583163e-08 * t - 1.700766460999148e-06
+        q = q * t + 4.992575850337744e-05
+        q = q * t - 0.0008325065718963742
+        q = q * t + 0.008858961053192616
+        q = q * t - 0.06475630402565002
+        q = q * t + 0.3980095386505127
+        y = x * tl.clamp(x * q + 0.5, 0.0, 1.0)
+    return y
 
 
 @triton.jit
@@ -87,70 +107,41 @@ def project_tile(
     return acc
 
 
-Fits = Callable[[triton.Config, dict[str, Any], int], bool]
-"""Whether a candidate runs well, given the call's arguments and the bytes of shared memory."""
-
-
-def autotune(configs: list[triton.Config], key: list[str], fits: Fits | None = None) -> Any:
-    """`triton.autotune` with its choice kept on disk; the first candidate under the interpreter.
-
-    Args:
-        configs: candidates, the best guess first and the smallest last.
-        key: names of the arguments whose change asks for a new choice.
-        fits: which candidates to try; by default all.
-    """
-
-    def prune(candidates: list[Any], named: dict[str, Any], **kwargs: Any) -> list[Any]:
-        properties = triton.runtime.driver.active.utils.get_device_properties
-        limit = properties(torch.cuda.current_device())["max_shared_mem"]
-        return fitting(candidates, fits, limit, named | kwargs)
-
-    def tuned(kernel: Any) -> Any:
-        if INTERPRETED:
-            return triton.autotune(configs=configs[:1], key=key)(kernel)
-        rules = {"early_config_prune": prune}
-        tuner = triton.autotune(configs, key, prune_configs_by=rules, cache_results=True)(kernel)
-        tuner.fits = fits  # the ahead-of-time table asks for devices that are not at hand
-        return tuner
-
-    return tuned
-
-
-def fitting(
-    candidates: list[Any], fits: Fits | None, limit: int, args: dict[str, Any]
-) -> list[Any]:
-    """The candidates that fit; the last where none does."""
-    if fits is None:
-        return candidates
-    return [c for c in candidates if fits(c, args, limit)] or candidates[-1:]
-
-
 def projection_configs() -> list[triton.Config]:
-    """Tiles of a projection; BLOCK_M is the launcher's choice (`projection_rows`)."""
+    """Tiles of a projection; BLOCK_M is the launcher's choice (`projection_rows`).
+
+    ptxas would rather spill than run fewer programs at a time, unless told how far it may go.
+    """
     return [
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for n, k, warps, stages in (
-            (128, 64, 8, 3),
-            (256, 64, 8, 3),
-            (128, 32, 8, 3),
-            (128, 64, 4, 3),
-            (64, 64, 4, 4),
-            (32, 64, 4, 4),
-            (64, 32, 4, 3),
+        triton.Config(
+            {"BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages, maxnreg=registers
+        )
+        for n, k, warps, stages, registers in (
+            (128, 64, 8, 3, None),
+            (256, 32, 16, 7, 128),  # stages that only sm_90 and sm_100 hold, which gain from it
+            (128, 32, 8, 3, None),
+            (128, 64, 4, 3, None),
+            (64, 64, 4, 4, 255),
+            (32, 64, 4, 4, None),
+            (64, 32, 4, 3, None),
         )
     ]
 
 
 def projection_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
-    """A tile of both operands for each stage must fit.
+    """A tile of both operands for each stage must fit, and what a thread holds its registers.
 
-    Float32 products have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill.
+    A thread has at most 64 accumulators: twice as many spill beside an epilogue. Float32 products
+    have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill. So they do where a
+    thread averages more than 32 numbers a step.
     """
-    itemsize = args["x"].element_size()
+    itemsize, rows, threads = args["x"].element_size(), args["BLOCK_M"], 32 * config.num_warps
     depth, columns = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_N"]
+    if rows * columns > 64 * threads or (args.get("AVERAGE") and rows * depth > 32 * threads):
+        return False
     if itemsize == 4 and (depth > 32 or columns > 128):
         return False
-    return config.num_stages * (args["BLOCK_M"] + columns) * depth * itemsize <= limit
+    return config.num_stages * (rows + columns) * depth * itemsize <= limit
 
 
 def projection_rows(rows: int, columns: int) -> int:

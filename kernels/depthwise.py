@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lgvit_fast.kernels.common import (
     DTYPES,
-    autotune,
     check_device,
     check_memory,
     check_weight,
@@ -22,6 +21,7 @@ from lgvit_fast.kernels.common import (
     on_device,
     require,
 )
+from lgvit_fast.kernels.tuning import autotune, size_class
 
 __all__ = ["depthwise_gelu", "depthwise_gelu_backward", "load_row", "load_taps"]
 
@@ -61,14 +61,15 @@ CONFIGS = [
 ]
 
 
-@autotune(CONFIGS, key=["C", "H", "W", "USE"])
-@triton.jit
+@autotune(CONFIGS, key=["C", "H", "W", "USE", "size"])
+@triton.jit(do_not_specialize=["size"])
 def depthwise_kernel(
     u,  # [B, N, C] contiguous: what is convolved
     taps,  # [C, 9] contiguous
     bias,  # [C]; FORWARD and INNER
     gradient,  # [B, N, C] contiguous, of the output; INNER
     out,  # [B, N, C] contiguous
+    size,  # size class of B, for the tuning alone
     H,
     W,
     C: tl.constexpr,
@@ -112,14 +113,15 @@ def depthwise_kernel(
             tl.store(out + place, z.to(out.dtype.element_ty), mask=inside)
 
 
-@autotune(CONFIGS, key=["C", "H", "W"])
-@triton.jit(do_not_specialize=["B", "splits"])
+@autotune(CONFIGS, key=["C", "H", "W", "size"])
+@triton.jit(do_not_specialize=["B", "splits", "size"])
 def depthwise_taps_kernel(
     u,  # [B, N, C] contiguous: the convolution's input
     inner,  # [B, N, C] contiguous: gradient of its output
     sums,  # [splits, 10, C] contiguous float32: nine taps, then the bias
     B,
     splits,
+    size,  # size class of B, for the tuning alone
     H,
     W,
     C: tl.constexpr,
@@ -228,8 +230,9 @@ def depthwise_gelu_backward(
     if u.numel():
         with on_device(u):
             depthwise_taps_kernel[_programs(splits, width)](
-                u, inner, sums, batch, splits, *patch_grid, C=width, BLOCK_W=_block_w(patch_grid)
-            )
+                u, inner, sums, batch, splits, size_class(batch), *patch_grid,
+                C=width, BLOCK_W=_block_w(patch_grid),
+            )  # fmt: skip
     else:
         sums.zero_()
     total = sums.sum(0)
@@ -265,7 +268,7 @@ def _convolve(
     if u.numel():
         with on_device(u):
             depthwise_kernel[_programs(batch, width)](
-                u, taps, bias, gradient, out, *patch_grid,
+                u, taps, bias, gradient, out, size_class(batch), *patch_grid,
                 C=width, USE=use, BLOCK_W=_block_w(patch_grid),
             )  # fmt: skip
 

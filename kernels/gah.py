@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lgvit_fast.kernels.common import (
-    autotune,
     check_tokens,
     check_weight,
     dot,
@@ -26,21 +25,23 @@ from lgvit_fast.kernels.common import (
     projection_rows,
     require,
 )
+from lgvit_fast.kernels.tuning import autotune, size_class
 
 __all__ = ["gah_pool"]
 
 
 @autotune(
     projection_configs(),
-    key=["C", "BLOCK_M", "R", "AVERAGE", "PRECISION"],
+    key=["C", "BLOCK_M", "R", "AVERAGE", "PRECISION", "size"],
     fits=projection_fits,
 )
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "size"])
 def gah_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     weight,  # [2C, C] contiguous; rows of q, then of k
     qk,  # [B, n, 2C] contiguous
     rows,  # B * n
+    size,  # size class of the rows, for the tuning alone
     H,
     W,
     stride_b,
@@ -126,16 +127,17 @@ def pool_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
         triton.Config({"BLOCK_C": c}, num_warps=warps, num_stages=stages, maxnreg=255)
         for c, warps, stages in ((128, 8, 3), (64, 4, 3), (64, 8, 2))
     ],
-    key=["C", "BLOCK_Q", "GROUP", "R", "AVERAGE", "PRECISION"],
+    key=["C", "BLOCK_Q", "GROUP", "R", "AVERAGE", "PRECISION", "size"],
     fits=pool_fits,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def gah_pool_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     qk,  # [B, n, 2C] contiguous, from gah_project_kernel
     column,  # [B, heads, n] float32 scratch: the attention's column means
     lse,  # [B, heads, n] float32 scratch: log2 of each row's sum of exponentials
     pooled,  # [B, heads, C] contiguous, the tokens' dtype
+    size,  # size class of B, for the tuning alone
     H,
     W,
     scale,  # log2(e) / sqrt(C / heads)
@@ -291,11 +293,11 @@ def gah_pool(
 
     with on_device(tokens):
         gah_project_kernel[projection_grid](
-            patches, qk_weight, qk, rows, height, wide, *patches.stride(),
+            patches, qk_weight, qk, rows, size_class(rows), height, wide, *patches.stride(),
             C=width, R=stride, AVERAGE=average, PRECISION=precision, BLOCK_M=block_m,
         )  # fmt: skip
         gah_pool_kernel[(batch * num_heads // group,)](
-            patches, qk, column, lse, pooled,
+            patches, qk, column, lse, pooled, size_class(batch),
             height, wide, (width // num_heads) ** -0.5 * 1.4426950408889634, *patches.stride(),
             C=width, HEADS=num_heads, R=stride, AVERAGE=average, PRECISION=precision,
             GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),

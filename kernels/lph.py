@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lgvit_fast.kernels.common import (
-    autotune,
     check_tokens,
     check_weight,
-    gelu,
+    gelu_of,
     on_device,
     project_tile,
     projection_configs,
@@ -24,12 +23,17 @@ from lgvit_fast.kernels.common import (
     require,
 )
 from lgvit_fast.kernels.depthwise import load_row, load_taps
+from lgvit_fast.kernels.tuning import autotune, size_class
 
 __all__ = ["lph_pool"]
 
 
-@autotune(projection_configs(), key=["C", "BLOCK_M", "FULL", "PRECISION"], fits=projection_fits)
-@triton.jit(do_not_specialize=["rows"])
+@autotune(
+    projection_configs(),
+    key=["C", "BLOCK_M", "FULL", "PRECISION", "size"],
+    fits=projection_fits,
+)
+@triton.jit(do_not_specialize=["rows", "size"])
 def lph_project_kernel(
     x,  # tokens of the first image's first patch; image, token and channel strides follow
     weight,  # [C, C] contiguous
@@ -40,6 +44,7 @@ def lph_project_kernel(
     rows,  # B * N
     N,
     segments,  # images that a tile of BLOCK_M rows can touch
+    size,  # size class of the rows, for the tuning alone
     stride_b,
     stride_t,
     stride_c,
@@ -68,7 +73,8 @@ def lph_project_kernel(
         token, row_mask, 1, 1, 0, 0, stride_c, weight + col * C, col_mask,
         C, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
-    hidden = gelu(acc + tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :])
+    z = acc + tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    hidden = gelu_of(z, x.dtype.element_ty)
 
     if FULL:
         gain = tl.load(scale + col, mask=col_mask, other=0.0).to(tl.float32)
@@ -100,12 +106,12 @@ def mean_token(
 
 @autotune(
     [
-        triton.Config({"BLOCK_C": c}, num_warps=warps)
+        triton.Config({"BLOCK_C": c}, num_warps=warps, maxnreg=255)  # else ptxas may spill
         for c, warps in ((64, 8), (64, 4), (32, 4), (128, 8), (32, 2))
     ],
-    key=["C", "H", "W", "size_class"],
+    key=["C", "H", "W", "size"],
 )
-@triton.jit(do_not_specialize=["size_class"])
+@triton.jit(do_not_specialize=["size"])
 def lph_depthwise_pool_kernel(
     u,  # [B, N, C] contiguous, from lph_project_kernel
     x,  # tokens of the first image's first patch; image, token and channel strides follow
@@ -114,7 +120,7 @@ def lph_depthwise_pool_kernel(
     pooled,  # [B, 2, C] contiguous float32
     H,
     W,
-    size_class,  # size class of B, for the autotuner only
+    size,  # size class of B, for the tuning alone
     stride_b,
     stride_t,
     stride_c,
@@ -152,7 +158,7 @@ def lph_depthwise_pool_kernel(
             above = here + (left * w10 + mid * w11 + right * w12)
             here = left * w00 + mid * w01 + right * w02
             inside = (y > 0) & (col < W)
-            total += tl.where(inside[:, None], gelu(done + offset), 0.0)
+            total += tl.where(inside[:, None], gelu_of(done + offset, u.dtype.element_ty), 0.0)
 
     tl.store(pooled + c, tl.sum(total, axis=0) / N, mask=mask)
     mean = mean_token(x, N, stride_t, stride_c, c, mask, BLOCK_P, BLOCK_C)
@@ -263,13 +269,13 @@ def lph_pool(
     with on_device(tokens):
         lph_project_kernel[projection_grid](
             patches, weight, bias, scale if full else bias, shift if full else bias, scratch,
-            rows, count, segments, *patches.stride(),
+            rows, count, segments, size_class(rows), *patches.stride(),
             C=width, FULL=full, PRECISION=precision, BLOCK_M=block_m,
         )  # fmt: skip
         if full:
             lph_depthwise_pool_kernel[pool_grid](
                 scratch, patches, taps, depthwise_bias, pooled,
-                height, wide, (batch > 4) + (batch > 32), *patches.stride(),
+                height, wide, size_class(batch), *patches.stride(),
                 C=width, BLOCK_W=min(32, triton.next_power_of_2(wide)), BLOCK_P=16,
             )  # fmt: skip
         else:

@@ -1,4 +1,4 @@
-"""The autograd kernels of `compact_` and `end_exit_` in Python.
+"""The autograd kernels of the operators of csrc/stable in Python.
 
 For a torch that csrc/dispatch.cpp was not built for: torch's stable ABI has no way to pass a call on to
 the next dispatch key, none to ask whether a tensor requires a gradient, and none to bump a version
@@ -17,7 +17,7 @@ _library = torch.library.Library("lgvit_fast", "IMPL")  # what is registered liv
 
 def register() -> None:
     """Registers them; once in a process, and only where the compiled ones are not."""
-    for name in ("compact_", "end_exit_"):
+    for name in ("compact_", "end_exit_", "lph_tail"):
         _register(getattr(torch.ops.lgvit_fast, name).default)
 
 
@@ -29,14 +29,14 @@ def _register(op: torch._ops.OpOverload) -> None:
         if argument.alias_info is not None and argument.alias_info.is_write
     }
 
-    def refuse_gradients(keys: torch._C.DispatchKeySet, *arguments: Any) -> None:
+    def refuse_gradients(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(arguments)):
             raise RuntimeError(
                 f"{op.name().split('.')[0]} has no gradient, and a tensor requires one: call it under"
                 " torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     def bump_versions(keys: torch._C.DispatchKeySet, *arguments: Any) -> None:
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -48,7 +48,8 @@ def _register(op: torch._ops.OpOverload) -> None:
 
     name = op.name().split("::")[1].split(".")[0]
     _library.impl(name, refuse_gradients, "Autograd", with_keyset=True)
-    _library.impl(name, bump_versions, "ADInplaceOrView", with_keyset=True)
+    if written:
+        _library.impl(name, bump_versions, "ADInplaceOrView", with_keyset=True)
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:

@@ -40,6 +40,13 @@ def test_torch_counts_writes():
         assert torch_private.version(torch.zeros(3)) == 0
 
 
+def test_a_stream_can_be_kept_busy(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waited.append, raising=True)
+    torch_private.gpu_sleep(100)
+    assert waited == [100]
+
+
 def test_modules_hold_their_parts_in_dictionaries():
     norm = nn.Sequential(nn.BatchNorm1d(3))
     assert list(torch_private.submodules(norm)) == ["0"]

@@ -25,6 +25,7 @@ from lgvit_fast.ops import compact_
 from lgvit_fast.ops.attention import attention
 from lgvit_fast.ops.depthwise import depthwise_gelu
 from lgvit_fast.ops.end_exit import end_exit_
+from lgvit_fast.ops.lph import LPHWeights, gemm_and_tail
 from lgvit_fast.outputs import Inference
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,10 @@ def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
                     name,
                     lambda kind=kind, grid=grid, dtype=dtype: _step(kind, grid, dtype, device),
                 )
+        for grid in ((5, 14), (3, 9)):
+            for full in (True, False):
+                name = f"lph_tail, {grid[0]} x {grid[1]}, {'full' if full else 'light'}, {dtype}"
+                yield name, lambda g=grid, f=full, dtype=dtype: _lph_tail(g, f, dtype, device)
         yield f"attention, {dtype}", lambda dtype=dtype: _attention(dtype, device)
         yield f"depthwise_gelu, {dtype}", lambda dtype=dtype: _depthwise(dtype, device)
 
@@ -81,6 +86,18 @@ def _step(kind: str, grid: tuple[int, int], dtype: torch.dtype, device: torch.de
     tokens = torch.randn(3, 1 + grid[0] * grid[1], 96, device=device).to(dtype)
     state = torch.zeros(3, 2, dtype=torch.int32, device=device)
     head.step(tokens, grid, RULE, state)
+
+
+@torch.no_grad()
+def _lph_tail(grid: tuple[int, int], full: bool, dtype: torch.dtype, device: torch.device) -> None:
+    for width in (96, 33):
+        vector = torch.randn(width, device=device)
+        weights = LPHWeights(torch.randn(width, width, device=device).to(dtype), vector)
+        if full:
+            taps = torch.randn(width, 3, 3, device=device)
+            weights = LPHWeights(*weights[:2], vector, vector, taps, vector)
+        tokens = torch.randn(3, 1 + grid[0] * grid[1], width, device=device).to(dtype)
+        gemm_and_tail(tokens, grid, 1, weights)
 
 
 def _attention(dtype: torch.dtype, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from lgvit_fast.bench.heads import HEADS, exit_head
 from lgvit_fast.clock import Spread
 from lgvit_fast.exit_rules import ExitRule, ExitStep, RuleKind
 from lgvit_fast.ops.end_exit import Counts, end_exit_
+from lgvit_fast.ops.lph import LPHWeights, lph_pool, lph_pool_reference
 from lgvit_fast.outputs import Inference
 
 # Of an H200, where a row of rates has no value: bytes and operations a microsecond.
@@ -27,6 +28,7 @@ COPY_SHARE = 0.8  # of the speed of a copy that a move of many rows shall reach
 FLOOR_FACTOR = {"lph_full": 2.5, "lph_light": 2.5, "gah_2": 3.0}
 OVER_EAGER = {"lph_full": 3.0, "lph_light": 3.0, "gah_2": 3.0}
 OVER_COMPILED = {"lph_full": 1.5, "lph_light": 1.5}
+POOLS = {"triton": "triton", "GEMM and tail": "cpp"}  # the ways to run a local head, as backends
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}  # relative to the largest logit
 RULE = ExitRule(RuleKind.CONFIDENCE, 0.8)
 
@@ -66,7 +68,10 @@ def moves(gpu: Gpu) -> Iterator[Row]:
 
 
 def heads(gpu: Gpu, batch: int, dtype: torch.dtype, *, compiled: bool) -> Iterator[Row]:
-    """Each head, eager, compiled, and ours on each backend; what ours gives is checked first."""
+    """Each head, eager, compiled, and ours on each backend; what ours gives is checked first.
+
+    Beside them a local head's two ways down to its pooled vectors, which ours picks from.
+    """
     full = batch == gpu.sizes.batches[0] and dtype == torch.bfloat16  # what the targets are for
     for kind in HEADS:
         case = cache(partial(_Head, gpu, kind, batch, dtype))
@@ -74,8 +79,10 @@ def heads(gpu: Gpu, batch: int, dtype: torch.dtype, *, compiled: bool) -> Iterat
         yield Row(f"{name}/eager", "us", partial(_plain, case, False))
         if compiled:
             yield Row(f"{name}/compiled", "us", partial(_plain, case, True))
-        for backend in ("triton", "cpp", "torch") if full else ():
+        for backend in ("triton", "torch") if full else ():
             yield Row(f"{name}/{backend}", "us", partial(_fused, case, backend, None))
+        for way in POOLS if kind.startswith("lph") else ():
+            yield Row(f"{name}/pool, {way}", "us", partial(_pooled, case, way))
         factor = FLOOR_FACTOR.get(kind) if full else None
         yield Row(f"{name}/ours", "us", partial(_fused, case, "auto", factor))
         eager, fused = f"{name}/eager", f"{name}/ours"
@@ -207,19 +214,37 @@ class _Head:
             return self.head.step(self.tokens, self.grid, RULE, self.state).logits
 
         with ops.backend(self.gpu.backend(backend)):
-            try:
-                with _poisoned_memory():
-                    found = call().double()
-            except RuntimeError as error:
-                if "cannot run" in str(error):
-                    raise Skipped(str(error)) from None
-                raise
-            error = float((found - self.exact).abs().max() / self.exact.abs().max())
-            if not error <= TOLERANCE[self.dtype]:
-                raise AssertionError(
-                    f"{error:.1e} from float64, allowed {TOLERANCE[self.dtype]:.0e}: it is not timed"
-                )
-            return self.gpu.time(call), error
+            return self._checked(call, self.exact)
+
+    @torch.no_grad()
+    def pooled(self, way: str) -> tuple[Spread, float]:
+        """Of one of `POOLS`, and how far its vectors are from float64."""
+        none = torch.zeros(1, self.tokens.shape[2], dtype=torch.float64, device=self.gpu.device)
+        weights = self.head.perception.fold(self.dtype, none)[0]
+        backend = self.gpu.backend(POOLS[way])
+        call = partial(lph_pool, self.tokens, self.grid, 1, weights, backend=backend)
+        exact = lph_pool_reference(
+            self.tokens.double(),
+            self.grid,
+            1,
+            LPHWeights(*(None if w is None else w.double() for w in weights)),
+        )
+        return self._checked(call, exact)
+
+    def _checked(self, call: Callable[[], Tensor], exact: Tensor) -> tuple[Spread, float]:
+        try:
+            with _poisoned_memory():
+                found = call().double()
+        except RuntimeError as error:
+            if "cannot run" in str(error):
+                raise Skipped(str(error)) from None
+            raise
+        error = float((found - exact).abs().max() / exact.abs().max())
+        if not error <= TOLERANCE[self.dtype]:
+            raise AssertionError(
+                f"{error:.1e} from float64, allowed {TOLERANCE[self.dtype]:.0e}: it is not timed"
+            )
+        return self.gpu.time(call), error
 
     @cached_property
     def exact(self) -> Tensor:
@@ -230,6 +255,11 @@ class _Head:
 
 def _plain(case: Callable[[], _Head], compiled: bool, _: Known) -> Measured:
     return Measured.of(case().plain(compiled))
+
+
+def _pooled(case: Callable[[], _Head], way: str, known: Known) -> Measured:
+    spread, error = case().pooled(way)
+    return Measured.of(spread, facts={"error": error})
 
 
 def _fused(case: Callable[[], _Head], backend: str, factor: float | None, known: Known) -> Measured:

@@ -15,4 +15,11 @@ STABLE_TORCH_LIBRARY(lgvit_fast, m) {
       "end_exit_(Tensor logits, Tensor leave, Tensor valid, Tensor(a!) tokens, Tensor(b!)? into,"
       " Tensor(c!) rows, Tensor(d!) state, Tensor(e!)[] answer, Tensor? entering, Tensor(f!)[] counts,"
       " Tensor(g!)? scratch, int index, int layer) -> ()");
+
+  // What a local perception head does after its GEMM, down to the means [B, 2, C] float32: `hidden` is
+  // the tokens [B, P + N, C] times its weight, without the bias. lgvit_fast/ops/lph.py says what each
+  // argument is; vectors are float32. No wait: fit for a CUDA graph.
+  m.def(
+      "lph_tail(Tensor hidden, Tensor tokens, int height, int width, int num_prefix_tokens, Tensor bias,"
+      " Tensor? scale, Tensor? shift, Tensor? depthwise_weight, Tensor? depthwise_bias) -> Tensor");
 }

@@ -1,9 +1,9 @@
 """The one rule by which every op picks its backend: Triton, C++ or plain torch.
 
 An op lists its backends from the most to the least preferred; the last is the torch reference,
-which always runs. The automatic choice takes the first that does not refuse and logs each refusal
-once. An explicit choice (an argument, `backend(...)`, or ``LGVIT_BACKEND``) is an order: if it
-cannot be followed, the call raises and says why.
+which always runs. The automatic choice takes the first that does not refuse, or the fastest of those
+where an op has a contest, and logs each refusal once. An explicit choice (an argument, `backend(...)`,
+or ``LGVIT_BACKEND``) is an order: if it cannot be followed, the call raises and says why.
 """
 
 import logging
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+
+from lgvit_fast.ops.contest import Contest
 
 CHOICES = ("auto", "triton", "cpp", "torch")
 
@@ -67,13 +69,18 @@ class Op(Generic[Result]):
         name: The op's name in messages and reports.
         backends: In order of preference, the torch reference last. Each takes the same arguments,
             the first of which is a tensor on the device where the work is done.
+        contest: Picks among those before the reference that do not refuse; None takes the first. A call
+            that is being compiled takes the first, too.
     """
 
-    def __init__(self, name: str, *backends: Backend[Result]) -> None:
+    def __init__(
+        self, name: str, *backends: Backend[Result], contest: Contest | None = None
+    ) -> None:
         if not backends or backends[-1].name != "torch":
             raise ValueError(f"the last backend of op {name!r} must be the torch reference")
         self.name = name
         self.backends = backends
+        self._contest = contest
         _registry[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Result:
@@ -106,13 +113,20 @@ class Op(Generic[Result]):
                 has = ", ".join(candidate.name for candidate in self.backends)
                 raise RuntimeError(f"{self.name}: there is no {name!r} backend, only {has}")
             # A choice made for all ops does not address one that has no such backend.
+        willing: list[Backend[Result]] = []
+        compiling = torch.compiler.is_compiling()
         for candidate in self.backends[:-1]:
             reason = candidate.missing(args[0].device) or candidate.refuse(*args, **kwargs)
             if reason is None:
-                return candidate
-            if not torch.compiler.is_compiling():
+                if self._contest is None or compiling:
+                    return candidate
+                willing.append(candidate)
+            elif not compiling:
                 _log_once(self.name, candidate.name, reason)
-        return self.backends[-1]
+        if self._contest is None or len(willing) < 2:
+            return (*willing, self.backends[-1])[0]
+        runs = [(candidate.name, candidate.run) for candidate in willing]
+        return willing[self._contest.winner(runs, *args, **kwargs)]
 
     def report(self, device: torch.device) -> OpReport:
         """The automatic choice on `device`, as far as it does not depend on the arguments."""

@@ -7,17 +7,20 @@ left per token is one GEMM, a gelu, an affine, the depthwise 3x3 and a second ge
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lgvit_fast import _extension
 from lgvit_fast.ops import _cpp, _triton
 from lgvit_fast.ops.checks import check_memory, check_tokens, check_vector
+from lgvit_fast.ops.contest import Contest, size_class
 from lgvit_fast.ops.dispatch import Backend, Op
 
-__all__ = ["LPHWeights", "depthwise3x3", "lph_pool", "lph_pool_reference"]
+__all__ = ["LPHWeights", "depthwise3x3", "gemm_and_tail", "lph_pool", "lph_pool_reference"]
 
 
 class LPHWeights(NamedTuple):
@@ -83,23 +86,63 @@ def _refuse_triton(tokens: Tensor, *args: object) -> str | None:
     return _triton.refuse(tokens)
 
 
+def gemm_and_tail(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Tensor:
+    """`lph_pool` as torch's own GEMM and one kernel for all that follows it, `lgvit_fast::lph_tail`.
+
+    The GEMM takes the prefix tokens along: its rows are contiguous then, and nothing is copied. The
+    kernel adds the bias, in float32: a GEMM wants it in the tokens' dtype, which is a launch more.
+    """
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    hidden = F.linear(tokens, weights.weight)
+    vectors = (None if v is None else v.float().contiguous() for v in weights[1:])
+    op = torch.ops.lgvit_fast.lph_tail
+    pooled: Tensor = op(hidden, tokens, *patch_grid, num_prefix_tokens, *vectors)
+    return pooled
+
+
+if _extension.why_compact_missing() is None:
+
+    @torch.library.register_fake("lgvit_fast::lph_tail")
+    def _(hidden: Tensor, tokens: Tensor, *args: object) -> Tensor:
+        return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
+
+
 def _lph_pool_cpp(
     tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
 ) -> Tensor:
+    if tokens.is_cuda:
+        return gemm_and_tail(tokens, patch_grid, num_prefix_tokens, weights)
     op = torch.ops.lgvit_fast.lph_pool_cpp
     pooled: Tensor = op(tokens, *patch_grid, num_prefix_tokens, *weights)
     return pooled
 
 
 def _refuse_cpp(tokens: Tensor, grid: object, prefix: int, weights: LPHWeights) -> str | None:
+    if tokens.is_cuda:
+        return _triton.refuse(tokens, *(v for v in weights if v is not None))
     return _cpp.refuse(tokens, *weights)
+
+
+def _kind(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Hashable | None:
+    """What decides between the Triton pair, which stores u or nothing, and the GEMM and tail."""
+    if not tokens.is_cuda:
+        return None
+    full = "full" if weights.depthwise_weight is not None else "light"
+    rows = tokens.shape[0] * patch_grid[0] * patch_grid[1]
+    return full, str(tokens.dtype), tokens.shape[2], size_class(rows)
 
 
 _op = Op(
     "lph_pool",
     Backend("triton", _lph_pool_triton, _triton.why_missing, _refuse_triton),
-    Backend("cpp", _lph_pool_cpp, _cpp.why_missing, _refuse_cpp),
+    Backend("cpp", _lph_pool_cpp, _extension.why_missing, _refuse_cpp),
     Backend("torch", lph_pool_reference),
+    contest=Contest("lph_pool", _kind),
 )
 
 

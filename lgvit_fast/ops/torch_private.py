@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "fake_tensors",
+    "gpu_sleep",
     "pack_linear_weight",
     "packed_linear",
     "profiled_allocations",
@@ -30,6 +31,11 @@ def fake_tensors() -> AbstractContextManager[object]:
 
     mode: AbstractContextManager[object] = FakeTensorMode()
     return mode
+
+
+def gpu_sleep(cycles: int) -> None:
+    """Keep the current CUDA stream busy for so many cycles of its device."""
+    torch.cuda._sleep(cycles)
 
 
 def pack_linear_weight(weight: Tensor) -> Tensor:

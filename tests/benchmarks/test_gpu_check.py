@@ -1,5 +1,6 @@
 """The GPU check, rehearsed end to end on the CPU, and its record of rows."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -106,6 +107,9 @@ class TestRehearsal:
         fused = rows["heads/bf16/batch 3/lph_full/ours"]
         assert fused["target"] == pytest.approx(2.5 * fused["floor"])
         assert fused["error"] <= 1e-2 and fused["target_is"] == "at most"
+        for kind, batch in itertools.product(("full", "light"), (3, 1, 2)):
+            for way in ("triton", "GEMM and tail"):
+                assert rows[f"heads/bf16/batch {batch}/lph_{kind}/pool, {way}"]["error"] <= 1e-2
         assert rows["heads/bf16/batch 3/gah_2/ours"]["target"] == pytest.approx(
             3 * rows["heads/bf16/batch 3/gah_2/ours"]["floor"]
         )
@@ -130,7 +134,8 @@ class TestRehearsal:
         assert memcheck.main(["--calls", "--device", "cpu"]) == 0
         calls = capsys.readouterr().out.splitlines()
         kinds = {call.partition(",")[0] for call in calls}
-        assert kinds == {"compact_", "end_exit_", *operators.HEADS, "attention", "depthwise_gelu"}
+        others = {"compact_", "end_exit_", "lph_tail", "attention", "depthwise_gelu"}
+        assert kinds == {*operators.HEADS, *others}
 
     def test_rows_are_printed_as_they_come(self, rehearsal, bare):
         assert len(bare[1].splitlines()) == len(rehearsal["rows"])

@@ -29,7 +29,7 @@ REWRITES = (
 _LAST = "last = atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;"
 
 # Faults by name: statements of the kernels without their comments, and what a faulty kernel has in
-# their place. The first five are races.
+# their place. The first six are races.
 FAULTS = {
     "rows move while others read them": (
         "if (!last_to_finish(args.finished)) return;",
@@ -51,6 +51,10 @@ FAULTS = {
         "for (int row = threadIdx.x; row < n; row += kThreads) order[row] = uint16_t(row);\n"
         "    __syncthreads();",
         "for (int row = threadIdx.x; row < n; row += kThreads) order[row] = uint16_t(row);",
+    ),
+    "sums of other warps read before they are written": (
+        "part[threadIdx.y][threadIdx.x] = sums;\n    __syncthreads();",
+        "part[threadIdx.y][threadIdx.x] = sums;",
     ),
     "half of the threads miss a barrier": (
         "__syncthreads();\n  return last;",

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 
@@ -89,6 +91,10 @@ T& shared(int id) {
 #define gridDim (::cuda_host::grid_size())
 
 cudaError_t cudaGetLastError();
+
+using std::fmaf;
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }  // NaN: 0
 
 inline void __syncthreads() { cuda_host::barrier(); }
 inline void __threadfence() { cuda_host::fence(); }

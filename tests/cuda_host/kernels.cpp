@@ -4,6 +4,7 @@
 
 #include "compact_kernel.cc"
 #include "end_exit_kernel.cc"
+#include "lph_tail_kernel.cc"
 
 namespace {
 
@@ -86,5 +87,14 @@ int end_exit(const HostEndExit* host, int multiprocessors) {
   std::copy_n(host->counts, 2, args.counts);
   args.finished = host->finished;
   return lgvit::launch_end_exit(args, multiprocessors, nullptr);
+}
+
+int lph_tail(const lgvit::LphTailArgs* args, int multiprocessors) {
+  return lgvit::launch_lph_tail(*args, multiprocessors, nullptr);
+}
+
+// Phi of every bfloat16 or float16, as the kernels have it: what it is multiplied with is out[i] / in[i].
+void half_phi(const float* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = lgvit::Half::phi(in[i]);
 }
 }

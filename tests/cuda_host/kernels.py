@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from lgvit_fast.ops.lph import LPHWeights
 from tests.cuda_host.build import FAULTS
 
 ORDERS = ("forward", "reverse", "shuffled", "interleaved")
@@ -47,6 +49,35 @@ class _EndExit(ctypes.Structure):
         ("counts", _Pointer * 2),
         ("finished", _Pointer),
     ]
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("data", _Pointer), ("image", ctypes.c_int64), ("token", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> _Map:
+        return cls(tokens.data_ptr(), *tokens.stride()[:2])
+
+
+class _LphTail(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("hidden", _Map),
+        ("tokens", _Map),
+        ("bias", _Pointer),
+        ("scale", _Pointer),
+        ("shift", _Pointer),
+        ("taps", _Pointer),
+        ("depthwise_bias", _Pointer),
+        ("pooled", _Pointer),
+        ("batch", ctypes.c_int64),
+        ("height", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("channels", ctypes.c_int),
+    ]
+
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)  # lgvit::Scalar
 
 
 class HostKernels:
@@ -125,6 +156,35 @@ class HostKernels:
             scratch.data_ptr(),
         )
         self._check(self._library.end_exit(ctypes.byref(arguments), multiprocessors))
+
+    def lph_tail(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        patch_grid: tuple[int, int],
+        weights: LPHWeights,
+        pooled: Tensor,
+        multiprocessors: int,
+    ) -> None:
+        """csrc/stable/cuda/lph_tail_kernel.cu on patches `[B, N, C]`, with the weights' vectors."""
+        arguments = _LphTail(
+            _TYPES.index(tokens.dtype),
+            _Map.of(hidden),
+            _Map.of(tokens),
+            *(None if vector is None else vector.data_ptr() for vector in weights[1:]),
+            pooled.data_ptr(),
+            len(tokens),
+            *patch_grid,
+            tokens.shape[2],
+        )
+        self._check(self._library.lph_tail(ctypes.byref(arguments), multiprocessors))
+
+    def half_phi(self, x: Tensor) -> Tensor:
+        """The kernel's normal distribution function for 16-bit types, of float32 numbers."""
+        out = torch.empty_like(x)
+        pointers = (_Pointer(x.data_ptr()), _Pointer(out.data_ptr()))
+        self._library.half_phi(*pointers, ctypes.c_int64(len(x)))
+        return out
 
     def _check(self, error: int) -> None:
         if error:

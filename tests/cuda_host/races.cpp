@@ -1,5 +1,6 @@
 // A program that runs the kernels on random batches with interleaved blocks, for ThreadSanitizer. Whether
 // the results are right is asked by the tests that Python drives; here only what must hold in any case.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
@@ -67,6 +68,22 @@ void one_exit(int batch, bool to_another, int multiprocessors) {
   check(finished == 0, "end_exit: finished");
 }
 
+// Of the full or the light head, on a grid that several warps of a block share.
+void one_tail(int batch, bool full) {
+  const int height = 5, width = 14, channels = 70, count = height * width;
+  std::vector<float> hidden(batch * count * channels, 1.0f), tokens(hidden), vector(9 * channels, 1.0f);
+  std::vector<float> pooled(batch * 2 * channels);
+  const auto map = [&](const std::vector<float>& data) {
+    return lgvit::Map{data.data(), int64_t(count) * channels, channels};
+  };
+  const float* given = full ? vector.data() : nullptr;
+  const lgvit::LphTailArgs arguments{lgvit::Scalar::float32, map(hidden), map(tokens), vector.data(),
+                                     given, given, given, given, pooled.data(), batch, height, width, channels};
+  check(lph_tail(&arguments, 4) == 0, "lph_tail");
+  for (int image = 0; image < batch; ++image)
+    check(std::abs(pooled[(image * 2 + 1) * channels] - 1.0f) < 1e-5f, "lph_tail: mean token");
+}
+
 }  // namespace
 
 // The argument: the number of a fault.
@@ -79,6 +96,8 @@ int main(int count, char** arguments) {
       one_exit(batch, false, 1);
       one_exit(batch, true, 1);
     }
+    one_tail(2, true);
+    one_tail(2, false);
   }
   std::puts("no race");
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED = ("test_device.py", "test_interpreter.py", "test_table.py")
+COMPILED = ("test_device.py", "test_interpreter.py", "test_table.py", "test_tuning.py")
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 

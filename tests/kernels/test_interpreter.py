@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.conftest import COMPILED
+
 FILES = sorted(
-    path.name
-    for path in Path(__file__).parent.glob("test_*.py")
-    if path.name not in ("test_device.py", "test_interpreter.py", "test_table.py")
+    path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in COMPILED
 )
 
 

@@ -52,6 +52,12 @@ def lph_arguments(**changed: object) -> dict[str, object]:
     return arguments | changed
 
 
+def tail_arguments(**changed: object) -> dict[str, object]:
+    arguments = lph_arguments()
+    del arguments["weight"]
+    return {"hidden": torch.randn(B, 1 + 12, C)} | arguments | changed
+
+
 def gah_arguments(**changed: object) -> dict[str, object]:
     arguments: dict[str, object] = {
         "tokens": torch.randn(B, 1 + 12, C),
@@ -156,6 +162,17 @@ _LPH = [
     {"depthwise_weight": None},
     {"depthwise_weight": torch.randn(C, 3)},
     {"depthwise_weight": torch.randn(9, C)},
+]
+_TAIL = [
+    *_GRID,
+    *(change for change in _LPH[len(_GRID) :] if "weight" not in change),
+    *({"hidden": h} for h in (torch.randn(B, 12, C), freed(B, 13, C), short(B, 13, C))),
+    {"hidden": torch.randn(B, 13, C).half()},
+    {"hidden": torch.randn(B, 13, 2 * C)[..., ::2]},
+    {"tokens": torch.randn(B, C, 13).transpose(1, 2)},
+    {"bias": torch.randn(C).half()},
+    {"scale": torch.randn(2 * C)[::2]},
+    {"depthwise_weight": torch.randn(3, 3, C).permute(2, 0, 1)},
 ]
 _GAH = [
     *_GRID,
@@ -349,6 +366,7 @@ def cases(native: bool = True) -> dict[str, Callable[[], object]]:
     backends = ("torch", "cpp") if native else ("torch",)
     of_op = {
         "lph_pool": ("lph_pool_cpp", lph_arguments, _LPH, _lph),
+        "lph_tail": ("lph_tail", tail_arguments, _TAIL, None),
         "gah_pool": ("gah_pool_cpp", gah_arguments, _GAH, _gah),
         "exit_step": ("exit_step_cpp", step_arguments, _STEP, _step),
         "compact_": ("compact_", compact_arguments, _COMPACT, _compact),

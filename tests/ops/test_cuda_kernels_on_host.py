@@ -12,6 +12,7 @@ import torch
 from lgvit_fast.exit_rules import ExitStep
 from lgvit_fast.ops import compact_
 from lgvit_fast.ops.end_exit import end_exit_
+from lgvit_fast.ops.lph import LPHWeights, lph_pool_reference
 from tests.cuda_host.build import FAULTS, build, compiler
 from tests.cuda_host.kernels import ORDERS, HostKernels
 
@@ -260,6 +261,94 @@ def test_one_count_or_none(kernels):
         assert [int(count) for count in counts] == [n] * len(counts)
 
 
+PHI_ERROR = 1.7e-4  # of the gelu for 16-bit types
+TAIL_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2e-4, torch.float16: 2e-4}
+
+
+class Tail:
+    """One call of lph_tail: what follows a local head's GEMM, whose result is drawn here.
+
+    Args:
+        gap: channels between tokens, of which `offset` lie before them.
+    """
+
+    def __init__(self, grid, width, *, full=True, dtype=torch.float32, batch=2, gap=0, offset=0):
+        g = torch.Generator().manual_seed(grid[0] * 100 + grid[1])
+
+        def normal(*shape):
+            return torch.randn(shape, generator=g)
+
+        def guarded():
+            rows = torch.full((batch, grid[0] * grid[1] + 2, width + gap), 7e4).to(dtype)
+            inner = rows[:, 1:-1, offset : offset + width]
+            return inner.copy_(normal(*inner.shape) * 2)
+
+        self.grid, self.hidden, self.tokens = grid, guarded(), guarded()
+        vectors = [normal(width), 1 + normal(width), normal(width), normal(width, 3, 3) / 3]
+        self.weights = LPHWeights(torch.eye(width), *(vectors if full else vectors[:1]))
+        if full:
+            self.weights = self.weights._replace(depthwise_bias=normal(width))
+
+    def check(self, kernels, multiprocessors=1):
+        batch, _, width = self.tokens.shape
+        pooled = torch.full((batch + 1, 2, width), 7.0)
+        place = pooled[:batch]
+        kernels.lph_tail(self.hidden, self.tokens, self.grid, self.weights, place, multiprocessors)
+        exact = LPHWeights(*(None if v is None else v.double() for v in self.weights))
+        expected = lph_pool_reference(self.hidden.double(), self.grid, 0, exact)
+        expected[:, 1] = self.tokens.double().mean(1)
+        error = (place - expected).abs().max() / expected.abs().max()
+        assert error <= TAIL_ERROR[self.tokens.dtype]
+        assert (pooled[batch] == 7).all()
+
+
+GRIDS = [(1, 1), (1, 9), (9, 1), (7, 7), (13, 5), (3, 14), (14, 14), (2, 16)]
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "light"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
+def test_a_heads_tail_equals_the_reference(kernels, grid, full):
+    kernels.schedule("shuffled", seed=grid[1])
+    for width in (1, 66, 131):
+        for multiprocessors in (
+            1,
+            132,
+        ):  # one warp for 64 channels, or several
+            Tail(grid, width, full=full).check(kernels, multiprocessors)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "light"])
+@pytest.mark.parametrize("dtype", list(TAIL_ERROR), ids=str)
+def test_a_heads_tail_of_every_dtype_and_alignment(kernels, dtype, full):
+    kernels.schedule("interleaved")
+    for gap, offset in ((0, 0), (2, 2), (2, 1), (1, 0)):
+        Tail((4, 14), 66, full=full, dtype=dtype, gap=gap, offset=offset).check(kernels, 4)
+        Tail((3, 9), 10, full=full, dtype=dtype, gap=gap, offset=offset).check(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gelu_of_every_16_bit_number(kernels, dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).float()
+    found, exact = (x * kernels.half_phi(x)).double(), torch.nn.functional.gelu(x.double())
+    assert torch.equal(found.isnan(), exact.isnan())
+    infinite = exact.isinf()
+    assert torch.equal(found[infinite], exact[infinite])
+    x, found, exact = (part[exact.isfinite()] for part in (x, found, exact))
+    error = (found - exact).abs()
+    assert error.max() <= PHI_ERROR
+    assert (error <= 2**-9 * exact.abs())[x > -1].all()  # less than bfloat16 rounds by
+
+
+def test_a_nan_stays_in_its_channel(kernels):
+    kernels.schedule("forward")
+    case = Tail((3, 4), 10, dtype=torch.bfloat16)
+    case.hidden[1, 5, 3] = float("nan")
+    pooled = torch.zeros(2, 2, 10)
+    kernels.lph_tail(case.hidden, case.tokens, case.grid, case.weights, pooled, 1)
+    assert pooled.isnan().nonzero().tolist() == [[1, 0, 3]]
+
+
 def wrong(kernels, order, case):
     kernels.schedule(order, seed=1, resident=8)
     try:
@@ -342,7 +431,7 @@ def test_no_two_threads_race(under_thread_sanitizer):
     assert under_thread_sanitizer() == (0, "no race\n")
 
 
-@pytest.mark.parametrize("fault", list(FAULTS)[:5])
+@pytest.mark.parametrize("fault", list(FAULTS)[:6])
 def test_a_race_is_found(under_thread_sanitizer, fault):
     code, said = under_thread_sanitizer(fault)
     assert code != 0 and "WARNING: ThreadSanitizer: data race" in said

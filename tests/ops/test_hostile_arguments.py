@@ -13,6 +13,7 @@ from tests.ops.hostile import (
     gah_arguments,
     lph_arguments,
     step_arguments,
+    tail_arguments,
 )
 
 NATIVE = _extension.why_missing(torch.device("cpu")) is None
@@ -35,6 +36,7 @@ def test_a_hostile_call_is_refused(name):
 def test_the_arguments_that_fit_are_taken():
     ops = torch.ops.lgvit_fast
     assert ops.lph_pool_cpp(**lph_arguments()).isfinite().all()
+    assert ops.lph_tail(**tail_arguments()).isfinite().all()
     assert ops.gah_pool_cpp(**gah_arguments()).isfinite().all()
     assert ops.gah_pool_cpp(**gah_arguments(stride=2**63 - 1)).isfinite().all()
     assert ops.gah_pool_cpp(**gah_arguments(stride=2**62, average=True)).isfinite().all()
@@ -52,6 +54,7 @@ def test_no_image_at_all_is_fine():
     ops = torch.ops.lgvit_fast
     tokens, state = torch.randn(0, 13, 16), torch.zeros(0, 2, dtype=torch.int32)
     assert ops.lph_pool_cpp(**lph_arguments(tokens=tokens)).shape == (0, 2, 16)
+    assert ops.lph_tail(**tail_arguments(tokens=tokens, hidden=tokens)).shape == (0, 2, 16)
     assert ops.gah_pool_cpp(**gah_arguments(tokens=tokens)).shape == (0, 4, 16)
     logits, leave, valid = ops.exit_step_cpp(
         **step_arguments(pooled=torch.randn(0, 2, 16), tokens=tokens, state=state)
@@ -117,7 +120,7 @@ def test_the_policy_state_and_the_count_bump_versions():
 
 @needs_extension
 @pytest.mark.parametrize(
-    "op", ["compact_", "end_exit_", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"]
+    "op", ["compact_", "end_exit_", "lph_tail", "lph_pool_cpp", "gah_pool_cpp", "exit_step_cpp"]
 )
 def test_an_operator_without_a_gradient_says_so(op):
     call = getattr(torch.ops.lgvit_fast, op)
@@ -125,6 +128,7 @@ def test_an_operator_without_a_gradient_says_so(op):
     arguments = {
         "compact_": lambda t: compact_arguments(tensors=[t]),
         "end_exit_": lambda t: end_exit_arguments(tokens=t, into=None),
+        "lph_tail": lambda t: tail_arguments(tokens=t),
         "lph_pool_cpp": lambda t: lph_arguments(tokens=t),
         "gah_pool_cpp": lambda t: gah_arguments(tokens=t),
         "exit_step_cpp": lambda t: step_arguments(tokens=t),
