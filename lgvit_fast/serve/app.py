@@ -247,6 +247,7 @@ class Service:
                 upload.file.close()
             raise self._busy()
         answers = self._answers(files)
+        await anext(answers)  # closing a generator that has not begun would not clean up
         if len(files) == 1:
             return await self._one(request, answers)
         return _Lines(answers)
@@ -296,6 +297,7 @@ class Service:
         readers = [asyncio.create_task(read(*item)) for item in missing.items()]
         deadline = loop.time() + self.settings.timeout
         try:
+            yield None  # type: ignore[misc]  # begun
             while missing:
                 try:
                     async with asyncio.timeout_at(deadline):

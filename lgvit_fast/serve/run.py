@@ -74,7 +74,8 @@ def serve(
             "threads": threads,
             "hosts": list(_LOOPBACK) if host in _LOOPBACK else None,
         }
-        where = f"http://{'localhost' if host in _LOOPBACK else host}:{listening.getsockname()[1]}"
+        name = f"[{host}]" if ":" in host else "localhost" if host in _LOOPBACK else host
+        where = f"http://{name}:{listening.getsockname()[1]}"
         print(f"serving {os.fspath(folder)} on {where}", file=sys.stderr, flush=True)
         options: dict[str, Any] = {
             "http": _Protocol,
@@ -88,6 +89,7 @@ def serve(
         if workers == 1:
             _one(uvicorn.Config(_app(told), **options), listening)
         else:
+            _app(told)  # a process that cannot start would be started anew for ever
             _several(told, workers, listening, options)
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -235,6 +236,10 @@ def test_what_cannot_be_served(tmp_path):
         port = taken.getsockname()[1]
         assert "cannot listen on 127.0.0.1" in complaint(exports.folder(), "--port", port)
     assert "no exported model in" in complaint(tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(exports.folder(), damaged)
+    next(damaged.glob("segment_0.*")).write_bytes(b"x")
+    assert "truncated" in complaint(damaged, "--port", "0", "--workers", "2")
     assert "slo_ms needs a model whose certificate has a path" in complaint(
         exports.folder(), "--port", "0", "--slo-ms", "50"
     )
