@@ -101,13 +101,13 @@ def global_head(grid: int, stride: int, pool: str, dtype: torch.dtype, images: i
     gah.gah_pool(tokens, (grid, grid), 1, weight, 8, stride, pool)
 
 
-def exit_decision(classes: int, dtype: torch.dtype, vectors: int = 2) -> None:
+def exit_decision(classes: int, dtype: torch.dtype, vectors: int = 2, images: int = 256) -> None:
     """The patience rule, the one with the most state; after a local head, or `vectors` of a global."""
-    pooled = meta(256, vectors, 768, dtype=torch.float32 if vectors == 2 else dtype)
-    tokens = meta(256, 197, 768, dtype=dtype)
+    pooled = meta(images, vectors, 768, dtype=torch.float32 if vectors == 2 else dtype)
+    tokens = meta(images, 197, 768, dtype=dtype)
     weight = meta(classes, (vectors + 1) * 768, dtype=dtype)
     bias = meta(classes, dtype=torch.float32)
-    state = meta(256, 2, dtype=torch.int32)
+    state = meta(images, 2, dtype=torch.int32)
     exit_step.exit_step(pooled, tokens, 1, weight, bias, (3, 0.0, 7), state)
 
 
@@ -143,6 +143,9 @@ CASES: dict[str, Callable[[], object]] = {
     "49 averaged, bf16, 1 image": lambda: global_head(14, 2, "average", BF16, 1),
     "576 tokens, bf16": lambda: global_head(24, 1, "subsample", BF16),
     "1000 classes, bf16": lambda: exit_decision(1000, BF16),
+    "300 classes, bf16": lambda: exit_decision(300, BF16),
+    "21841 classes, bf16": lambda: exit_decision(21841, BF16),
+    "1000 classes, bf16, 4096 images": lambda: exit_decision(1000, BF16, images=4096),
     "100 classes, fp32": lambda: exit_decision(100, FP32),
     "100 classes, 8 vectors, bf16": lambda: exit_decision(100, BF16, 8),
     "training, bf16": lambda: (depthwise_training(BF16), attention_training(49, BF16)),
@@ -354,16 +357,18 @@ def not_compiled(rows: list[Row], budget: dict[str, Any]) -> list[str]:
 def budget_of(rows: list[Row]) -> dict[str, Any]:
     """A budget over all candidates, with room for what another compiler version may do: a quarter.
 
-    Float32 products are unrolled over registers, as many as there are: only spills matter.
+    Where a candidate says how far ptxas may go, it may. Float32 products are unrolled over registers,
+    as many as there are: only spills matter.
     """
     budget: dict[str, Any] = defaultdict(dict)
     for (kernel, arch), alike in grouped(rows).items():
         names = (MATRIX[arch], "HMMA")
         everywhere = [n for n in names if all(n in row.matrix.split() for row in alike)]
-        registers = 255 if "fp32" in kernel else max(row.registers for row in alike) * 5 // 4
+        most = [int(n) for row in alike for n in re.findall(r"maxnreg=(\d+)", row.candidate)]
+        registers = max(*most, *(row.registers * 5 // 4 for row in alike), 255 * ("fp32" in kernel))
         budget[kernel][str(arch)] = {
             "registers": min(255, registers),
-            "shared": max(row.shared for row in alike) + 1024,
+            "shared": max(row.shared for row in alike) + 2048,
             "matrix": (*everywhere, "")[0],
         }
     return budget

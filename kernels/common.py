@@ -123,6 +123,7 @@ def projection_configs() -> list[triton.Config]:
             (128, 64, 4, 3, None),
             (64, 64, 4, 4, 255),
             (32, 64, 4, 4, None),
+            (64, 32, 8, 3, None),
             (64, 32, 4, 3, None),
         )
     ]
@@ -132,14 +133,14 @@ def projection_fits(config: triton.Config, args: dict[str, Any], limit: int) -> 
     """A tile of both operands for each stage must fit, and what a thread holds its registers.
 
     A thread has at most 64 accumulators: twice as many spill beside an epilogue. Float32 products
-    have no tensor cores and are unrolled over BLOCK_K: beyond 32 registers spill. So they do where a
-    thread averages more than 32 numbers a step.
+    have no tensor cores and are unrolled over BLOCK_K: beyond 32, or on 4 warps, registers spill. So
+    they do where a thread averages more than 32 numbers a step.
     """
     itemsize, rows, threads = args["x"].element_size(), args["BLOCK_M"], 32 * config.num_warps
     depth, columns = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_N"]
     if rows * columns > 64 * threads or (args.get("AVERAGE") and rows * depth > 32 * threads):
         return False
-    if itemsize == 4 and (depth > 32 or columns > 128):
+    if itemsize == 4 and (depth > 32 or columns > 128 or config.num_warps < 8):
         return False
     return config.num_stages * (rows + columns) * depth * itemsize <= limit
 

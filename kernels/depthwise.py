@@ -23,7 +23,7 @@ from lgvit_fast.kernels.common import (
 )
 from lgvit_fast.kernels.tuning import autotune, size_class
 
-__all__ = ["depthwise_gelu", "depthwise_gelu_backward", "load_row", "load_taps"]
+__all__ = ["CONFIGS", "depthwise_gelu", "depthwise_gelu_backward", "load_row", "load_taps"]
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def load_row(u, y, col, c, mask, H, W, C: tl.constexpr):
 
 
 CONFIGS = [
-    triton.Config({"BLOCK_C": c}, num_warps=warps)
+    triton.Config({"BLOCK_C": c}, num_warps=warps, maxnreg=255)  # else ptxas may spill
     for c, warps in ((64, 8), (64, 4), (32, 4), (128, 8), (32, 2))
 ]
 

@@ -20,6 +20,8 @@ from lgvit_fast.kernels.common import (
 
 __all__ = ["Step", "exit_step"]
 
+FEW_PROGRAMS = 2 * 132  # fewer than two for each multiprocessor of a large GPU: split further
+
 
 class Step(NamedTuple):
     """What the kernel writes, all `[B, ...]`."""
@@ -57,62 +59,19 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["B", "patience"])
-def exit_step_kernel(
-    pooled,  # [B, M, C] contiguous
-    tokens,  # [B, P + N, C]; image, token and channel strides below; its first T rows are read
-    weight,  # [K, (M + T) * C] contiguous
-    bias,  # [K]
-    logits,  # [B, K] contiguous
-    partial,  # [4, tiles, B] float32 scratch: a class tile's maximum, its index and two sums
-    arrivals,  # [row blocks] int32, zero before and after
-    leave,  # [B] bool
-    valid,  # [B] bool
-    confidence,  # [B] float32
-    entropy,  # [B] float32
-    prediction,  # [B] int32
-    state,  # [B, 2] int32, rows `stride_s` apart: run length, last class
-    threshold,
-    patience,
-    B,
-    K,
-    tiles,
-    stride_b,
-    stride_t,
-    stride_c,
-    stride_s,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    T: tl.constexpr,
-    RULE: tl.constexpr,  # lgvit_fast.ops.exit_step.RuleKind
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """One program owns BLOCK_B images by BLOCK_K classes; the last of a row block also decides.
+@triton.jit
+def finish_tile(
+    acc, i, k, tile,
+    bias, logits, partial, arrivals, leave, valid, confidence, entropy, prediction, state,
+    threshold, patience, B, K, tiles, stride_s,
+    RULE: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """From products of images i and classes k to logits; the last tile of a row block also decides.
 
-    A program writes its tile of logits and what the tile adds to the softmax, then counts itself in.
-    Its barrier puts all its threads' stores before the count (release); the program that counts last
-    sees them all (acquire), merges the tiles' parts, decides and sets the counter back to zero.
+    Arguments as of `exit_step_kernel`, `arrivals` those of the row block.
     """
-    tile = tl.program_id(0) % tiles
-    block = tl.program_id(0) // tiles
-    i = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask, col_mask = i < B, k < K
     row = i.to(tl.int64)
-    row_mask = i < B
-    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    col_mask = k < K
-    columns = weight + k.to(tl.int64) * ((M + T) * C)
-
-    acc = tl.zeros((BLOCK_B, BLOCK_K), dtype=tl.float32)
-    vector = pooled + row * (M * C)
-    acc = accumulate(acc, vector, row_mask, 1, columns, col_mask, M * C, BLOCK_C, PRECISION)
-    for t in tl.static_range(T):
-        vector = tokens + row * stride_b + t * stride_t
-        acc = accumulate(
-            acc, vector, row_mask, stride_c, columns + (M + t) * C, col_mask, C, BLOCK_C, PRECISION
-        )  # fmt: skip
     acc += tl.load(bias + k, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     rounded = acc.to(logits.dtype.element_ty)
     mask = row_mask[:, None] & col_mask[None, :]
@@ -134,11 +93,11 @@ def exit_step_kernel(
     tl.store(part + 2 * plane, mass, mask=row_mask)
     tl.store(part + 3 * plane, moment, mask=row_mask)
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
 
     if arrived == tiles - 1:
-        tl.store(arrivals + block, 0)
+        tl.store(arrivals, 0)
         best = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
         choice = tl.zeros((BLOCK_B,), dtype=tl.float32)
         mass = tl.zeros((BLOCK_B,), dtype=tl.float32)
@@ -188,6 +147,104 @@ def exit_step_kernel(
             tl.store(memory, run, mask=row_mask)
             out = run >= patience
         tl.store(leave + i, out & finite, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["B", "patience"])
+def exit_step_kernel(
+    pooled,  # [B, M, C] contiguous
+    tokens,  # [B, P + N, C]; image, token and channel strides below; its first T rows are read
+    weight,  # [K, (M + T) * C] contiguous
+    bias,  # [K]
+    logits,  # [B, K] contiguous
+    products,  # [M + T, B, K] float32 scratch of SPLIT: what each vector adds to the logits
+    partial,  # [4, tiles, B] float32 scratch: a class tile's maximum, its index and two sums
+    arrivals,  # [row blocks, 1 + tiles] int32, zero before and after: tiles done, and parts of each
+    leave,  # [B] bool
+    valid,  # [B] bool
+    confidence,  # [B] float32
+    entropy,  # [B] float32
+    prediction,  # [B] int32
+    state,  # [B, 2] int32, rows `stride_s` apart: run length, last class
+    threshold,
+    patience,
+    B,
+    K,
+    tiles,
+    stride_b,
+    stride_t,
+    stride_c,
+    stride_s,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    RULE: tl.constexpr,  # lgvit_fast.ops.exit_step.RuleKind
+    SPLIT: tl.constexpr,  # a program for each of the M + T vectors
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program owns BLOCK_B images by BLOCK_K classes; the last of a row block also decides.
+
+    Where that makes too few programs, each owns one of the M + T vectors, too (SPLIT), and the last of
+    a tile adds up what they made, in fixed order.
+
+    A program writes its part, then counts itself in. Its barrier puts all its threads' stores before
+    the count (release); the program that counts last sees them all (acquire), goes on with them and
+    sets the counter back to zero. So it is with the parts of a tile, and with the tiles' logits and
+    what they add to the softmax.
+    """
+    parts: tl.constexpr = M + T if SPLIT else 1
+    part = tl.program_id(0) % parts
+    tile = tl.program_id(0) // parts % tiles
+    block = tl.program_id(0) // parts // tiles
+    i = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = i.to(tl.int64)
+    row_mask = i < B
+    k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    col_mask = k < K
+    columns = weight + k.to(tl.int64) * ((M + T) * C)
+    arrivals += block * (1 + tiles)
+
+    vector = pooled + row * (M * C)
+    acc = tl.zeros((BLOCK_B, BLOCK_K), dtype=tl.float32)
+    if SPLIT:
+        columns += part * C
+        if part < M:
+            acc = accumulate(
+                acc, vector + part * C, row_mask, 1, columns, col_mask, C, BLOCK_C, PRECISION
+            )  # fmt: skip
+        else:
+            vector_t = tokens + row * stride_b + (part - M) * stride_t
+            acc = accumulate(
+                acc, vector_t, row_mask, stride_c, columns, col_mask, C, BLOCK_C, PRECISION
+            )  # fmt: skip
+        mask = row_mask[:, None] & col_mask[None, :]
+        tl.store(products + (part * B + row)[:, None] * K + k[None, :], acc, mask=mask)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals + 1 + tile, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if arrived == parts - 1:
+            tl.store(arrivals + 1 + tile, 0)
+            total = tl.zeros((BLOCK_B, BLOCK_K), dtype=tl.float32)
+            for other in tl.static_range(parts):
+                place = products + (other * B + row)[:, None] * K + k[None, :]
+                total += tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+            finish_tile(
+                total, i, k, tile, bias, logits, partial, arrivals, leave, valid, confidence,
+                entropy, prediction, state, threshold, patience, B, K, tiles, stride_s, RULE, BLOCK_B,
+            )  # fmt: skip
+    else:
+        acc = accumulate(acc, vector, row_mask, 1, columns, col_mask, M * C, BLOCK_C, PRECISION)
+        for t in tl.static_range(T):
+            vector = tokens + row * stride_b + t * stride_t
+            acc = accumulate(
+                acc, vector, row_mask, stride_c, columns + (M + t) * C, col_mask, C, BLOCK_C, PRECISION
+            )  # fmt: skip
+        finish_tile(
+            acc, i, k, tile, bias, logits, partial, arrivals, leave, valid, confidence,
+            entropy, prediction, state, threshold, patience, B, K, tiles, stride_s, RULE, BLOCK_B,
+        )  # fmt: skip
 
 
 def exit_step(
@@ -270,33 +327,37 @@ def exit_step(
     block_c = max(16, min(deep, triton.next_power_of_2(width)))
     tiles = triton.cdiv(classes, block_k)
     blocks = triton.cdiv(batch, 16)
+    parts = vectors + num_class_tokens if blocks * tiles < FEW_PROGRAMS else 1
     partial = pooled.new_empty((4, tiles, batch), dtype=torch.float32)
+    products = pooled.new_empty((parts, batch, classes), dtype=torch.float32) if parts > 1 else bias
+    counters = arrivals(blocks * (1 + tiles), pooled)
     with on_device(pooled):
-        exit_step_kernel[(blocks * tiles,)](
-            pooled.contiguous(), tokens, weight, bias, logits, partial, arrivals(blocks, pooled),
+        exit_step_kernel[(blocks * tiles * parts,)](
+            pooled.contiguous(), tokens, weight, bias, logits, products, partial, counters,
             leave, valid, confidence, entropy, prediction, state, float(threshold), int(patience),
             batch, classes, tiles, *tokens.stride(), state.stride(0),
-            C=width, M=vectors, T=num_class_tokens, RULE=int(kind), PRECISION=precision,
-            BLOCK_B=16, BLOCK_K=block_k, BLOCK_C=block_c, num_warps=4, num_stages=3,
+            C=width, M=vectors, T=num_class_tokens, RULE=int(kind), SPLIT=parts > 1,
+            PRECISION=precision, BLOCK_B=16, BLOCK_K=block_k, BLOCK_C=block_c,
+            num_warps=4 if block_k == 16 else 8, num_stages=3, maxnreg=255,
         )  # fmt: skip
     return step
 
 
-def arrivals(blocks: int, like: Tensor) -> Tensor:
-    """Zeroed counters, `[blocks]` int32. Kernels leave them zero, so a stream keeps its own.
+def arrivals(count: int, like: Tensor) -> Tensor:
+    """At least `count` zeroed counters, int32. Kernels leave them zero, so a stream keeps its own.
 
     While a CUDA graph is captured, fresh ones: a kept buffer must not depend on memory or on a fill
     that belong to the graph.
     """
     if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return like.new_zeros((blocks,), dtype=torch.int32)
+        return like.new_zeros((count,), dtype=torch.int32)
     return _kept_arrivals(
-        triton.next_power_of_2(max(blocks, 64)),
+        triton.next_power_of_2(max(count, 64)),
         like.device,
         torch.cuda.current_stream(like.device).cuda_stream,
     )
 
 
 @cache
-def _kept_arrivals(blocks: int, device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(blocks, dtype=torch.int32, device=device)
+def _kept_arrivals(count: int, device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

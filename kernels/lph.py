@@ -22,7 +22,7 @@ from lgvit_fast.kernels.common import (
     projection_rows,
     require,
 )
-from lgvit_fast.kernels.depthwise import load_row, load_taps
+from lgvit_fast.kernels.depthwise import CONFIGS, load_row, load_taps
 from lgvit_fast.kernels.tuning import autotune, size_class
 
 __all__ = ["lph_pool"]
@@ -104,13 +104,7 @@ def mean_token(
     return tl.sum(total, axis=0) / N
 
 
-@autotune(
-    [
-        triton.Config({"BLOCK_C": c}, num_warps=warps, maxnreg=255)  # else ptxas may spill
-        for c, warps in ((64, 8), (64, 4), (32, 4), (128, 8), (32, 2))
-    ],
-    key=["C", "H", "W", "size"],
-)
+@autotune(CONFIGS, key=["C", "H", "W", "size"])
 @triton.jit(do_not_specialize=["size"])
 def lph_depthwise_pool_kernel(
     u,  # [B, N, C] contiguous, from lph_project_kernel

@@ -120,6 +120,12 @@ def _lph_pool_cpp(
     return pooled
 
 
+def _missing_cpp(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return _extension.why_missing(device)
+    return _cpp.why_missing(device)
+
+
 def _refuse_cpp(tokens: Tensor, grid: object, prefix: int, weights: LPHWeights) -> str | None:
     if tokens.is_cuda:
         return _triton.refuse(tokens, *(v for v in weights if v is not None))
@@ -140,7 +146,7 @@ def _kind(
 _op = Op(
     "lph_pool",
     Backend("triton", _lph_pool_triton, _triton.why_missing, _refuse_triton),
-    Backend("cpp", _lph_pool_cpp, _extension.why_missing, _refuse_cpp),
+    Backend("cpp", _lph_pool_cpp, _missing_cpp, _refuse_cpp),
     Backend("torch", lph_pool_reference),
     contest=Contest("lph_pool", _kind),
 )

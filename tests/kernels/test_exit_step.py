@@ -63,6 +63,17 @@ def test_matches_reference(
         arguments["pooled"] = arguments["pooled"].roll(1, dims=-1) * 1.5
 
 
+def test_large_batches_take_all_vectors_in_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make(18, 3, 2, 48, 40, torch.float32)
+    split = kernel.exit_step(**arguments, rule=(3, 0.0, 1), state=fresh(18))
+    monkeypatch.setattr(kernel, "FEW_PROGRAMS", 0)
+    whole = kernel.exit_step(**arguments, rule=(3, 0.0, 1), state=fresh(18))
+    expected = exit_step_reference(**arguments, rule=RULES["never"], state=fresh(18)).logits
+    for step in (split, whole):
+        torch.testing.assert_close(step.logits, expected, rtol=2e-5, atol=2e-5)
+        assert step.prediction.equal(expected.argmax(1).int()) and step.leave.all()
+
+
 @pytest.mark.parametrize("dtype", ERROR, ids=["fp32", "bf16", "fp16"])
 def test_statistics(dtype: torch.dtype) -> None:
     arguments = make(5, 2, 1, 64, 100, dtype)
