@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
@@ -217,10 +217,12 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """The way of a request: body -> places -> pixels -> worker -> answers."""
         began = time.perf_counter()
-        status = 500
+        status, lines = 500, False
         try:
-            response = await self._predict(request, began)
+            response = await self._predict(request)
             status = response.status_code
+            if lines := isinstance(response, _Lines):
+                response.ended = lambda: self._count(status, began)
             return response
         except ClientDisconnect:  # in the middle of its body
             return Response(status_code=(status := _GONE))
@@ -229,10 +231,17 @@ class Service:
             self.rejected += status == 429
             raise
         finally:
-            self.metrics.requests.labels(status).inc()
-            self.metrics.latency.observe(time.perf_counter() - began)
+            if not lines:
+                self._count(status, began)
 
-    async def _predict(self, request: Request, began: float) -> Response:
+    def _count(self, status: int, began: float) -> None:
+        """Count a request whose answer has ended."""
+        self.metrics.requests.labels(status).inc()
+        self.metrics.latency.observe(time.perf_counter() - began)
+
+    async def _predict(self, request: Request) -> Response:
+        if self.worker.failure is not None:
+            raise HTTPException(503, "the worker died")
         if not self.ready:
             raise HTTPException(503, "the server is starting or stopping")
         size = declared(request, self.settings)
@@ -354,12 +363,14 @@ class _Lines(StreamingResponse):
         )
         super().__init__(lines, media_type="application/x-ndjson")
         self._answers = answers
+        self.ended: Callable[[], None] = lambda: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._answers.aclose()
+            self.ended()
 
 
 async def _disconnected(request: Request) -> None:
