@@ -220,8 +220,8 @@ def candidates(launch: Launch, arch: int) -> list[dict[str, Any]]:
     """The configurations that a launch may run with on an architecture, the best guess first."""
     if not isinstance(launch.kernel, tuning.Tuned):
         return [{}]
-    tuned, limit = launch.kernel, SHARED_LIMIT[arch] * 1024
-    fitting = tuning.fitting(tuned.configs, tuned.fits, limit, launch.arguments)
+    tuned, device = launch.kernel, tuning.Device(SHARED_LIMIT[arch] * 1024, arch)
+    fitting = tuning.fitting(tuned.configs, tuned.fits, device, launch.arguments)
     return [config.all_kwargs() for config in fitting]
 
 

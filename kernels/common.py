@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lgvit_fast.kernels.tuning import INTERPRETED
+from lgvit_fast.kernels.tuning import INTERPRETED, Device
 
 EMULATED = tl.constexpr(INTERPRETED)  # as kernels read it
 
@@ -118,7 +118,7 @@ def projection_configs() -> list[triton.Config]:
         )
         for n, k, warps, stages, registers in (
             (128, 64, 8, 3, None),
-            (256, 32, 16, 7, 128),  # stages that only sm_90 and sm_100 hold, which gain from it
+            (256, 32, 16, 7, 128),
             (128, 32, 8, 3, None),
             (128, 64, 4, 3, None),
             (64, 64, 4, 4, 255),
@@ -129,20 +129,23 @@ def projection_configs() -> list[triton.Config]:
     ]
 
 
-def projection_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
+def projection_fits(config: triton.Config, args: dict[str, Any], device: Device) -> bool:
     """A tile of both operands for each stage must fit, and what a thread holds its registers.
 
     A thread has at most 64 accumulators: twice as many spill beside an epilogue. Float32 products
     have no tensor cores and are unrolled over BLOCK_K: beyond 32, or on 4 warps, registers spill. So
-    they do where a thread averages more than 32 numbers a step.
+    they do where a thread averages more than 32 numbers a step. 16 warps make products by wgmma; on
+    sm_100 Triton gives them no tcgen05.
     """
     itemsize, rows, threads = args["x"].element_size(), args["BLOCK_M"], 32 * config.num_warps
     depth, columns = config.kwargs["BLOCK_K"], config.kwargs["BLOCK_N"]
+    if config.num_warps == 16 and device.arch != 90:
+        return False
     if rows * columns > 64 * threads or (args.get("AVERAGE") and rows * depth > 32 * threads):
         return False
     if itemsize == 4 and (depth > 32 or columns > 128 or config.num_warps < 8):
         return False
-    return config.num_stages * (rows + columns) * depth * itemsize <= limit
+    return config.num_stages * (rows + columns) * depth * itemsize <= device.shared
 
 
 def projection_rows(rows: int, columns: int) -> int:

@@ -25,7 +25,7 @@ from lgvit_fast.kernels.common import (
     projection_rows,
     require,
 )
-from lgvit_fast.kernels.tuning import autotune, size_class
+from lgvit_fast.kernels.tuning import Device, autotune, size_class
 
 __all__ = ["gah_pool"]
 
@@ -110,7 +110,7 @@ def row_softmax(s):
     return p / tl.sum(p, axis=1)[:, None]
 
 
-def pool_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
+def pool_fits(config: triton.Config, args: dict[str, Any], device: Device) -> bool:
     """A tile of tokens for each stage must fit.
 
     Float32 products are unrolled over it: only the smallest share of a thread does not spill.
@@ -118,7 +118,8 @@ def pool_fits(config: triton.Config, args: dict[str, Any], limit: int) -> bool:
     itemsize = args["x"].element_size()
     if itemsize == 4 and (config.kwargs["BLOCK_C"] > 64 or config.num_warps < 8):
         return False
-    return config.num_stages * args["BLOCK_Q"] * config.kwargs["BLOCK_C"] * itemsize <= limit
+    tiles = config.num_stages * args["BLOCK_Q"] * config.kwargs["BLOCK_C"] * itemsize
+    return tiles <= device.shared
 
 
 @autotune(

@@ -2,19 +2,32 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.testing
 
-__all__ = ["INTERPRETED", "Tuned", "autotune", "fitting", "size_class"]
+__all__ = ["INTERPRETED", "Device", "Tuned", "autotune", "fitting", "size_class"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether kernels run on the CPU (``TRITON_INTERPRET=1`` was set before the first import)."""
 
-Fits = Callable[[triton.Config, dict[str, Any], int], bool]
-"""Whether a candidate runs well, given the call's arguments and the bytes of shared memory."""
+
+class Device(NamedTuple):
+    """What a candidate must fit.
+
+    Attributes:
+        shared: bytes of shared memory that a program can have.
+        arch: compute capability, as 90.
+    """
+
+    shared: int
+    arch: int
+
+
+Fits = Callable[[triton.Config, dict[str, Any], Device], bool]
+"""Whether a candidate runs well, given the call's arguments and the device."""
 
 _measure = partial(triton.testing.do_bench, warmup=5, rep=20)  # milliseconds of a candidate
 
@@ -63,7 +76,7 @@ class Tuned(triton.KernelInterface[Any]):
         dtypes = (value.dtype for value in args if isinstance(value, torch.Tensor))
         key = (device, *(named[name] for name in self.key), *dtypes)
         if key not in self.chosen:
-            candidates = fitting(self.configs, self.fits, shared_memory(device), named)
+            candidates = fitting(self.configs, self.fits, device_at(device), named)
             if torch.cuda.is_current_stream_capturing():
                 return candidates[0]
             tuner = triton.autotune(candidates, self.key, do_bench=_measure, cache_results=True)
@@ -73,17 +86,17 @@ class Tuned(triton.KernelInterface[Any]):
         return self.chosen[key]
 
 
-def shared_memory(device: int) -> int:
-    """The bytes of shared memory that a program can have."""
-    properties = triton.runtime.driver.active.utils.get_device_properties(device)
-    limit: int = properties["max_shared_mem"]
-    return limit
+def device_at(index: int) -> Device:
+    """The CUDA device of that index."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device(properties["max_shared_mem"], 10 * major + minor)
 
 
 def fitting(
-    candidates: list[Any], fits: Fits | None, limit: int, args: dict[str, Any]
+    candidates: list[Any], fits: Fits | None, device: Device, args: dict[str, Any]
 ) -> list[Any]:
     """The candidates that fit; the last where none does."""
     if fits is None:
         return candidates
-    return [c for c in candidates if fits(c, args, limit)] or candidates[-1:]
+    return [c for c in candidates if fits(c, args, device)] or candidates[-1:]

@@ -21,14 +21,14 @@ def kernel(monkeypatch):
         return lambda fn: SimpleNamespace(run=run, best_config=candidates[-1])
 
     monkeypatch.setattr(triton, "autotune", autotune)
-    monkeypatch.setattr(tuning, "shared_memory", lambda device: 100)
+    monkeypatch.setattr(tuning, "device_at", lambda index: tuning.Device(100, 90))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     fn = SimpleNamespace(
         arg_names=["x", "size"], run=lambda *args, num_warps, **kw: state.ran.append(num_warps)
     )
     configs = [triton.Config({}, num_warps=warps) for warps in (8, 4, 2)]
-    fits = lambda config, args, limit: config.num_warps * 20 <= limit  # noqa: E731
+    fits = lambda config, args, device: config.num_warps * 20 <= device.shared  # noqa: E731
     state.kernel = tuning.autotune(configs, key=["size"], fits=fits)(fn)
     return state
 
