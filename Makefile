@@ -53,7 +53,8 @@ smoke-oldest: $(STAMP)
 test-avx2: $(STAMP)
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor-avx2) ATEN_CPU_CAPABILITY=avx2 \
 		ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=2 \
-		--dist=worksteal tests/ops tests/heads tests/inference tests/test_model.py tests/test_segments.py tests/test_watch.py
+		--dist=worksteal tests/ops tests/heads tests/inference tests/test_model.py tests/test_segments.py tests/test_watch.py \
+		$(foreach name,compiled_segments runtime scaling turns,--ignore=tests/inference/test_$(name).py)
 
 # A package of its own in build/, so that the normal libraries stay as they are.
 SANITIZED := build/sanitize/lib
