@@ -93,7 +93,7 @@ int lph_tail(const lgvit::LphTailArgs* args, int multiprocessors) {
   return lgvit::launch_lph_tail(*args, multiprocessors, nullptr);
 }
 
-// Phi of every bfloat16 or float16, as the kernels have it: what it is multiplied with is out[i] / in[i].
+// The normal distribution function as the kernels for 16-bit types have it.
 void half_phi(const float* in, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] = lgvit::Half::phi(in[i]);
 }

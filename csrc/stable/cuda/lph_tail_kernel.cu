@@ -16,10 +16,10 @@ namespace lgvit {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr int kMaxWarps = 4;        // of a block
-constexpr int kBlocks = 3;          // of so many warps, of a multiprocessor: 168 registers a thread
-constexpr int kWholeRow = 14;      // columns of a strip that is the grid's whole row: ViT at 224 pixels
-constexpr int kStrip = 8;          // of any other
+constexpr int kMaxWarps = 4;   // of a block
+constexpr int kBlocks = 3;     // of so many warps, of a multiprocessor: 168 registers a thread
+constexpr int kWholeRow = 14;  // columns of a strip that is the grid's whole row: ViT at 224 pixels
+constexpr int kStrip = 8;      // of any other
 constexpr int kTokensInFlight = 8;
 
 struct Two {  // of two channels
@@ -278,12 +278,13 @@ template <typename Type>
 cudaError_t launch(const LphTailArgs& args, int num_multiprocessors, cudaStream_t stream) {
   const int64_t tiles = (args.channels + 2 * kLanes - 1) / (2 * kLanes);
   const bool both = paired<Type>(args);
-  // Warps of a block: enough to fill the GPU, at least one row of the grid or eight tokens for each.
-  const int64_t wanted = (int64_t(num_multiprocessors) * kBlocks * kMaxWarps - 1) / (args.batch * tiles) + 1;
+  // Warps of a block: enough to fill the GPU, but no more, as each makes the rows beside its own again.
+  const int64_t resident = int64_t(num_multiprocessors) * kBlocks * kMaxWarps;
+  const int64_t wanted = std::min<int64_t>((resident - 1) / (args.batch * tiles) + 1, kMaxWarps);
   const unsigned blocks = unsigned(args.batch * tiles);
   if (args.scale == nullptr) {
     const int64_t most = (int64_t(args.height) * args.width + kTokensInFlight - 1) / kTokensInFlight;
-    const dim3 block(kLanes, unsigned(std::min({wanted, most, int64_t(kMaxWarps)})));
+    const dim3 block(kLanes, unsigned(std::min(wanted, most)));
     const auto kernel = both ? light_kernel<Type, true> : light_kernel<Type, false>;
     kernel<<<blocks, block, 0, stream>>>(args);
   } else {
@@ -292,7 +293,7 @@ cudaError_t launch(const LphTailArgs& args, int num_multiprocessors, cudaStream_
     const int runs = int(std::min<int64_t>((wanted + strips - 1) / strips, args.height));
     const int rows = (args.height + runs - 1) / runs;
     const int64_t most = int64_t(strips) * ((args.height + rows - 1) / rows);
-    const dim3 block(kLanes, unsigned(std::min({wanted, most, int64_t(kMaxWarps)})));
+    const dim3 block(kLanes, unsigned(std::min(wanted, most)));
     const auto kernel = whole  ? full_kernel<Type, kWholeRow, true, true>
                         : both ? full_kernel<Type, kStrip, false, true>
                                : full_kernel<Type, kStrip, false, false>;
