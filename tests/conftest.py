@@ -3,9 +3,12 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.browser import Browser, find_chromium
 
 SHARED = (
     "LGVIT_TEST_EXPORTS"  # exports that the processes of one run make once: tests/deploy/exports.py
@@ -55,3 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no chromium on PATH: apt-get install chromium")
+    browser = Browser(program)
+    yield browser
+    browser.close()

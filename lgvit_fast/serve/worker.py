@@ -50,6 +50,7 @@ class Worker:
         self._inbox: deque[Job] = deque()
         self._given_up: set[Job] = set()
         self._places = 0  # taken: accepted, or held for an image that is being read
+        self._unshared = 0.0  # seconds of runs after which nobody has left yet
         self._stopping = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="lgvit-serve", daemon=True)
@@ -149,7 +150,7 @@ class Worker:
             self._given_up.clear()
 
     def _tell(self, done: list[Finished], seconds: float) -> None:
-        self._unshared = getattr(self, "_unshared", 0.0) + seconds
+        self._unshared += seconds
         if not done:
             return
         for finished in done:

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 
-from tests.browser import Browser, find_chromium
 from tests.deploy import exports
 from tests.serve.server import picture, serving
 
@@ -24,16 +23,6 @@ CARDS = """[...document.querySelectorAll('.card')].map(card => ({
 COUNTS = """[...document.querySelectorAll('#numbers tr')].map(
   row => [2, 3].map(column => Number(row.cells[column].textContent)))"""
 SETTLED = "document.querySelectorAll('.card:not([aria-busy])').length === {}"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on PATH: apt-get install chromium")
-    browser = Browser(program)
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")

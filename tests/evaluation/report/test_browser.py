@@ -3,21 +3,10 @@
 import pytest
 
 from lgvit_fast.evaluation.report import page
-from tests.browser import Browser, find_chromium
 from tests.evaluation.report.samples import make
 
 NAME = "</script><script>document.title = 'taken'</script>"
 COLUMN = "[...document.querySelectorAll('tbody tr')].map(r => +r.cells[{}].dataset.value)"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no chromium on PATH: apt-get install chromium")
-    browser = Browser(program)
-    yield browser
-    browser.close()
 
 
 @pytest.fixture
