@@ -81,9 +81,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--max-pixels",
         type=count,
-        default=50_000_000,
+        default=25_000_000,
         metavar="N",
-        help="of an image (default: 50000000)",
+        help="of an image (default: 25000000)",
     )
     limits.add_argument(
         "--timeout",

@@ -130,14 +130,18 @@ def _orientation(image: Image.Image) -> Any:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 or 32 bits, or floats, as mode L."""
-    levels = np.asarray(image).astype(np.float64)
-    if not np.isfinite(levels).all():
-        raise ValueError("pixels that are not finite")
+    levels = np.asarray(image)
     low, high = float(levels.min()), float(levels.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError("pixels that are not finite")
     if image.mode == "F":
         top = 1.0 if high <= 1 else 255.0
     else:
         top = 65535.0
+    offset = 0.0
     if low < 0 or high > top:
-        levels, top = levels - low, high - low
-    return Image.fromarray(np.rint(levels * (255 / top)).astype(np.uint8))
+        offset, top = low, (high - low) or 1.0
+    made = np.empty(levels.shape, np.uint8)
+    for row, out in zip(levels, made, strict=True):  # by rows: float64 of a whole image is large
+        out[:] = np.rint((row.astype(np.float64) - offset) * (255 / top))
+    return Image.fromarray(made)

@@ -33,6 +33,7 @@ from lgvit_fast.serve.worker import Job, Worker
 __all__ = ["create_app"]
 
 _PAGE = Path(__file__).parent / "page"
+_READERS = 4  # images that are decoded at once: each takes up to some 12 bytes a pixel
 _BODIES = 8  # largest bodies that are held at once
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
@@ -178,9 +179,8 @@ class Service:
         self.rejected = 0
         self.ready = False
         self._budget = Budget(_BODIES * settings.max_upload)
-        self._readers = ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)), thread_name_prefix="lgvit-read"
-        )
+        readers = min(_READERS, len(os.sched_getaffinity(0)))
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="lgvit-read")
 
     def close(self) -> None:
         """Answer what was accepted, then end."""

@@ -74,6 +74,7 @@ def serve(
             "threads": threads,
             "hosts": list(_LOOPBACK) if host in _LOOPBACK else None,
         }
+        app = _app(told)  # also with several processes: one that cannot start is started for ever
         name = f"[{host}]" if ":" in host else "localhost" if host in _LOOPBACK else host
         where = f"http://{name}:{listening.getsockname()[1]}"
         print(f"serving {os.fspath(folder)} on {where}", file=sys.stderr, flush=True)
@@ -87,9 +88,9 @@ def serve(
             "limit_concurrency": _CONNECTIONS,
         }
         if workers == 1:
-            _one(uvicorn.Config(_app(told), **options), listening)
+            _one(uvicorn.Config(app, **options), listening)
         else:
-            _app(told)  # a process that cannot start would be started anew for ever
+            del app
             _several(told, workers, listening, options)
 
 
@@ -137,9 +138,12 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: it cannot; the message names the address.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
     listening = socket.socket(family, kind, protocol)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,7 +33,7 @@ class Settings:
     top_k: int = 5
     max_upload_mb: float = 32.0
     max_images: int = 64
-    max_pixels: int = 50_000_000
+    max_pixels: int = 25_000_000
     timeout: float = 30.0
     slo_ms: float | None = None
 

@@ -173,3 +173,8 @@ def test_damaged_files_of_every_format():
     found = images_fuzz.run(250, seed=3)
     assert found["failures"] == 0
     assert found["read"] > 50 and found["bad"] > 50
+
+
+def test_grey_levels_beyond_16_bits_that_are_all_the_same():
+    image = Image.fromarray(np.full((4, 6), 70000, np.int32))
+    assert np.asarray(upright(image)).max() == 0
