@@ -63,15 +63,28 @@ class Answers:
         )
 
     def record(
-        self, rows: NDArray[np.int64], index: int, layer: int, output: SegmentOutput
+        self,
+        rows: NDArray[np.int64],
+        which: NDArray[np.int64] | slice,
+        index: int,
+        layer: int,
+        output: SegmentOutput,
     ) -> None:
-        """Write what an exit says of all who reached it; those who go on are written again later."""
-        self.logits[rows] = output.logits
+        """Write what an exit says of images that leave there.
+
+        Args:
+            rows: `[n]`, which image each row of `output` belongs to.
+            which: of these rows leave.
+            index: number of the exit.
+            layer: the block before it.
+            output: of the exit, n rows.
+        """
+        rows = rows[which]
+        self.logits[rows] = output.logits[which]
         self.exit_index[rows] = index
         self.exit_layer[rows] = layer
-        self.prediction[rows] = output.prediction
-        self.confidence[rows] = output.confidence
-        self.nonfinite[rows] |= ~output.valid
+        self.prediction[rows] = output.prediction[which]
+        self.confidence[rows] = output.confidence[which]
 
     def topk(self, k: int = 5) -> TopK:
         """The k likeliest classes of each image; at most K are given."""
@@ -117,16 +130,21 @@ def run_graphs(
     for place, (graph, index, layer) in enumerate(segments):
         output = checked(graph.run(tokens), broken)
         observe(place, len(rows))
+        if not output.valid.all():
+            answers.nonfinite[rows] |= ~output.valid
         if place == len(segments) - 1:
-            answers.record(rows, index, layer, output)
+            answers.record(rows, slice(None), index, layer, output)
             return
         output, leave = decide(policy, index, output, state)
-        answers.record(rows, index, layer, output)
         assert output.tokens is not None
-        count = _compact(~leave, output.tokens, rows, broken, state)
-        if not count:
+        tokens, gone = output.tokens, leave.nonzero()[0]
+        if not len(gone):
+            continue
+        answers.record(rows, gone, index, layer, output)
+        if len(gone) == len(rows):
             return
-        tokens, rows = output.tokens[:count], rows[:count]
+        count = _compact(~leave, tokens, rows, broken, state)
+        tokens, rows = tokens[:count], rows[:count]
         broken, state = broken[:count], state[:count]
 
 

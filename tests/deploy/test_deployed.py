@@ -211,6 +211,13 @@ def test_other_images(deployed, change, message):
             call(change(x))
 
 
+def test_images_that_may_not_be_written(deployed):
+    x = images(2).numpy()
+    expected = deployed(x).logits
+    x.flags.writeable = False
+    assert np.array_equal(deployed(x).logits, expected)
+
+
 def test_strided_images(deployed):
     x = images(3)
     strided = np.asfortranarray(x.numpy())
@@ -329,6 +336,35 @@ def test_where_torch_and_timm_cannot_be_imported(runtime, tmp_path):
     expected = deployed.predict([picture]).prediction.tolist()
     assert prediction == str(expected)
     assert json.loads(row)["path"] == str(picture)
+
+
+MEMORY = """
+import sys
+
+import numpy as np
+
+from lgvit_fast import Replay
+from lgvit_fast.deploy import Deployed
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+deployed = Deployed(sys.argv[1], "onnxruntime", threads=1)
+images = np.zeros((512, 3, 32, 32), np.float32)
+begun = resident()
+deployed(images, Replay([0] * 512))
+first = resident() - begun
+deployed(images, Replay([4] * 512))
+print(first, resident() - begun)
+"""
+
+
+def test_graphs_share_the_memory_of_activations():
+    command = [sys.executable, "-c", MEMORY, str(exports.folder())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, all_five = map(int, done.stdout.split())
+    assert all_five < 2 * first
 
 
 def test_the_loop_of_the_document(tmp_path, monkeypatch):
