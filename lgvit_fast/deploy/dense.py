@@ -75,6 +75,9 @@ def quantize(source: Path, path: Path, runtime: str) -> None:
 def load_dense(
     path: str | Path, runtime: str, threads: int
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """What answers images `[B, C, H, W]` with logits `[B, K]`; these are the runtime's own memory."""
-    run, _, _ = LOADERS[runtime](threads)(Path(path).read_bytes())
+    """What answers images `[B, C, H, W]` with logits `[B, K]`; these are the runtime's own memory.
+
+    Idle threads of ONNX Runtime spin as long as they do by default, so load one graph a process.
+    """
+    run, _, _ = LOADERS[runtime](threads, alone=True)(Path(path).read_bytes())
     return lambda images: np.asarray(run(images)[0])

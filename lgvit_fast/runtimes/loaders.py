@@ -112,7 +112,7 @@ def _graph(
     return Graph(lambda x: SegmentOutput(**dict(zip(names, run(x), strict=True))), shape)
 
 
-def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
+def _onnxruntime(threads: int, alone: bool = False) -> Callable[[bytes], _Loaded]:
     import onnxruntime
 
     _share_memory()
@@ -123,7 +123,8 @@ def _onnxruntime(threads: int) -> Callable[[bytes], _Loaded]:
         options.inter_op_num_threads = 1
         # Long enough for the next operator, not for the next graph, whose own threads work then. To
         # sleep between operators costs a tenth of a small model's time.
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        if not alone:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Where only weights are int8 they become float32 now; else each call would do that anew.
         fuse = b"QuantizeLinear" in data
@@ -155,7 +156,7 @@ def _share_memory() -> None:
     onnxruntime.create_and_register_allocator(pool, None)
 
 
-def _openvino(threads: int) -> Callable[[bytes], _Loaded]:
+def _openvino(threads: int, alone: bool = False) -> Callable[[bytes], _Loaded]:
     import openvino
     from openvino import properties
     from openvino.properties import hint
@@ -258,7 +259,8 @@ def _is_int8(node: Any) -> bool:
     return False
 
 
-# From a number of threads to what loads the bytes of any ONNX graph; see `load_runtime` for the order.
+# From a number of threads, and whether a graph has the process to itself, to what loads the bytes of
+# any ONNX graph; see `load_runtime` for the order.
 LOADERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}
 RUNTIMES = tuple(LOADERS)
 FORMATS = {"onnx": RUNTIMES, "executorch": ("executorch",)}  # of an export, and what runs them
