@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from lgvit_fast.serve.settings import Settings
 __all__ = ["bind", "from_environment", "serve"]
 
 _TOLD = "LGVIT_SERVE"  # what the processes of a server are told, as json
-_CONNECTIONS = 1024  # of a process; more are refused with 503
+_CONNECTIONS = 1024  # of a process; more are refused with 503, and twice as many at once
+_FILES = 8 * _CONNECTIONS  # open ones: each connection may have an upload on disk
 _HEADERS_WITHIN = 10.0  # seconds
 _READ_WITHIN = 30.0  # seconds, what has been answered
 _LAST_WORDS = 1.0  # seconds for the 503 of those that were cut off, then connections are closed
@@ -65,6 +69,10 @@ def serve(
     """
     if isinstance(workers, bool) or workers < 1:
         raise ValueError(f"workers={workers!r}, expected at least 1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     with _exported(folder) as ready, bind(host, port) as listening:
@@ -125,9 +133,21 @@ def _several(
 def from_environment() -> FastAPI:
     """The application in one of the processes that `serve` started.
 
-    If its worker dies it ends when those who waited have been told, and is started anew.
+    If its worker dies it ends when those who waited have been told, and is started anew. If the process
+    that started it is killed it ends, too, for it would keep the port.
     """
-    return _app(json.loads(os.environ[_TOLD]), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if (parent := parent_process()) is not None:
+
+        def watch() -> None:
+            parent.join()
+            _stop()
+
+        threading.Thread(target=watch, daemon=True).start()
+    return _app(json.loads(os.environ[_TOLD]), _stop)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _app(told: dict[str, Any], died: Callable[[], object] = lambda: None) -> FastAPI:
@@ -185,6 +205,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > 2 * _CONNECTIONS:
+            self.transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:

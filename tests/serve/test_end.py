@@ -6,7 +6,9 @@ import select
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 from threading import Event
+from types import SimpleNamespace
 
 from fastapi.testclient import TestClient
 
@@ -55,18 +57,22 @@ def test_when_the_worker_dies_all_who_wait_are_told(monkeypatch, caplog):
     assert record.levelname == "CRITICAL" and "planted" in str(record.exc_info[1])
 
 
-def test_one_of_several_processes_ends_with_its_worker(monkeypatch):
+def test_one_of_several_processes_ends_with_its_worker_and_with_its_parent(monkeypatch):
     """Their supervisor looks at processes, not at /healthz."""
     told = {"folder": str(exports.folder()), "settings": Settings().to_json()}
     told |= {"runtime": "auto", "threads": 1, "hosts": None}
     monkeypatch.setenv(run._TOLD, json.dumps(told))
+    gone, killed = Event(), Queue()
+    monkeypatch.setattr(os, "kill", lambda *given: killed.put(given))
+    parent = SimpleNamespace(join=gone.wait)
+    monkeypatch.setattr(run, "parent_process", lambda: parent)
     worker = run.from_environment().state.service.worker
-    killed = []
-    monkeypatch.setattr(os, "kill", lambda *given: killed.append(given))
     monkeypatch.setattr(worker, "_take_in", lambda: 1 / 0)
     worker.start()
-    worker._thread.join()
-    assert killed == [(os.getpid(), signal.SIGTERM)]
+    assert killed.get(timeout=30) == (os.getpid(), signal.SIGTERM)
+    assert killed.empty()
+    gone.set()  # the process that started it
+    assert killed.get(timeout=30) == (os.getpid(), signal.SIGTERM)
 
 
 def test_a_stop_ends_in_time_whatever_is_left():

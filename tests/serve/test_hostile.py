@@ -1,9 +1,11 @@
 """Small files that would take much memory or time, images of every kind, and clients that mean harm."""
 
+import contextlib
 import io
 import json
 import socket
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -16,7 +18,7 @@ from lgvit_fast.serve import Settings
 from lgvit_fast.serve.run import _Protocol
 from lgvit_fast.serve.uploads import FORMATS, Budget, NoRoom, Upload, read_image
 from tests.deploy import exports
-from tests.serve.server import picture, serving
+from tests.serve.server import Server, picture, serving
 
 
 def encoded(image, form, **options):
@@ -261,6 +263,21 @@ def test_requests_in_a_row_are_answered_in_order(server):
     answer = exchange(server, (ask + data) * 3 + last)
     assert answer.count(b"HTTP/1.1 200 OK") == 4 and answer.count(b'"exit_layer"') == 3
     assert answer.rindex(b'"exit_layer"') < answer.index(b'"num_classes"')
+
+
+def test_idle_connections_do_not_use_the_files_up():
+    command = ("sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh", sys.executable, "-m", "lgvit_fast")
+    server = Server(exports.folder(), command=(*command, "serve"))
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    try:
+        with contextlib.ExitStack() as idle:
+            for _ in range(100):
+                idle.enter_context(socket.create_connection(address))
+            large = picture(0, (800, 800), "BMP")  # on disk, while it comes
+            assert server.predict(large).status_code == 200
+            assert server.client.get("/").status_code == 200
+    finally:
+        assert server.stop() == 0
 
 
 def test_the_page_may_not_be_framed(server):
