@@ -230,6 +230,9 @@ def campaign(folder: Path, requests: int, kills: int, options: list[str]) -> dic
                 made.wrong.append("images are still queued")
                 break
             time.sleep(0.2)
+        told = {httpx.get(f"{server.url}/stats").text for _ in range(8)}
+        if len(told) > 1:
+            made.wrong.append(f"the processes do not count together: {told}")
     finally:
         code = server.stop()
     return {

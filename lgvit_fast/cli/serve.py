@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from lgvit_fast.arguments import UsageError, count, natural
+from lgvit_fast.serve.settings import Settings
+
+_SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 
 _NOTES = """\
 POST /predict    an image as the body, or a form with one or several files under "image"
@@ -13,7 +19,8 @@ GET  /           a page to drop pictures on
 GET  /healthz, /readyz, /metrics (Prometheus), /docs (OpenAPI)
 
 There is no authentication and no encryption: --host other than a loopback address belongs behind
-something that has both. docs/serving.md tells more.
+something that has both. SIGTERM and SIGINT stop the server, with exit code 0. docs/serving.md tells
+more.
 
 examples:
   lgvit-fast export run/stage2/best exported
@@ -42,58 +49,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=count, metavar="N", help="of each process (default: share the cores)"
     )
-    batches = parser.add_argument_group("batches")
-    batches.add_argument(
-        "--batch-size", type=count, default=16, metavar="N", help="of each graph (default: 16)"
-    )
-    batches.add_argument(
-        "--max-wait-ms",
-        type=float,
-        default=2.0,
-        metavar="MS",
-        help="an image waits so long for others (default: 2)",
-    )
-    batches.add_argument(
+    group = parser.add_argument_group("batches")
+    _setting(group, "batch_size", count, "N", "of each graph")
+    _setting(group, "max_wait_ms", float, "MS", "an image waits so long for others")
+    group.add_argument(
         "--slo-ms",
         type=float,
         metavar="MS",
         help="when answers are expected to take longer, use bolder thresholds, down to the certified"
         " ones",
     )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--queue",
-        type=count,
-        default=256,
-        metavar="N",
-        help="images accepted and not answered; beyond, 429 (default: 256)",
+    group = parser.add_argument_group("limits")
+    _setting(group, "queue", count, "N", "images accepted and not answered; beyond, 429")
+    _setting(group, "max_upload_mb", float, "MIB", "of a request")
+    _setting(group, "max_images", count, "N", "of a request")
+    _setting(group, "max_pixels", count, "N", "of an image")
+    _setting(group, "timeout", float, "S", "for a body to come in, and for an answer")
+    _setting(
+        group,
+        "stop_seconds",
+        float,
+        "S",
+        "after SIGTERM, to answer what was accepted; the rest, 503",
     )
-    limits.add_argument(
-        "--max-upload-mb",
-        type=float,
-        default=32.0,
-        metavar="MIB",
-        help="of a request (default: 32)",
-    )
-    limits.add_argument(
-        "--max-images", type=count, default=64, metavar="N", help="of a request (default: 64)"
-    )
-    limits.add_argument(
-        "--max-pixels",
-        type=count,
-        default=25_000_000,
-        metavar="N",
-        help="of an image (default: 25000000)",
-    )
-    limits.add_argument(
-        "--timeout",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="for a body to come in, and for an answer (default: 30)",
-    )
-    parser.add_argument(
-        "--top-k", type=count, default=5, metavar="K", help="classes in an answer (default: 5)"
+    _setting(parser, "top_k", count, "K", "classes in an answer")
+
+
+def _setting(
+    to: argparse._ActionsContainer, name: str, kind: Callable[[str], Any], unit: str, text: str
+) -> None:
+    """An option of the name and default of one of the server's settings."""
+    default = getattr(Settings, name)
+    to.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        default=default,
+        metavar=unit,
+        help=f"{text} (default: {default:.8g})",
     )
 
 
@@ -102,23 +94,12 @@ def run(args: argparse.Namespace) -> int:
     for package in ("fastapi", "uvicorn", "multipart", "prometheus_client", "fastapi_offline"):
         if find_spec(package) is None:
             raise UsageError(f"{package} is not installed: pip install 'lgvit-fast[serve]'")
-    from lgvit_fast.serve import Settings
     from lgvit_fast.serve.run import serve
 
     if args.port > 65535:
         raise UsageError(f"--port {args.port}: expected at most 65535")
     try:
-        settings = Settings(
-            batch_size=args.batch_size,
-            max_wait_ms=args.max_wait_ms,
-            queue=args.queue,
-            top_k=args.top_k,
-            max_upload_mb=args.max_upload_mb,
-            max_images=args.max_images,
-            max_pixels=args.max_pixels,
-            timeout=args.timeout,
-            slo_ms=args.slo_ms,
-        )
+        settings = Settings(**{name: getattr(args, name) for name in _SETTINGS})
     except ValueError as error:
         raise UsageError(str(error)) from error
     serve(

@@ -6,6 +6,7 @@ Training, evaluation and prediction all read images here, so that the same file 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from typing import IO, Any
@@ -16,6 +17,7 @@ from PIL import Image
 __all__ = ["TooManyPixels", "check_file", "open_image", "upright"]
 
 MAX_BYTES = 2**30
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each takes a pass over all pixels
 MAX_RATIO = 250  # of the sides; scaled to a short side of 224, more would take gigabytes
 _EPS = "EPS"  # a program for Ghostscript to run
 _KINDS = {
@@ -35,6 +37,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # the EXIF tag
+_TILE = (322, 323)  # TIFF's tags of a tile's width and height
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]", re.DOTALL)  # of a JPEG's segment
 
 
 class TooManyPixels(ValueError):
@@ -73,10 +77,11 @@ def open_image(
         formats: Pillow's names of those to read; None reads all. PostScript is never read.
 
     Raises:
-        TooManyPixels: more than `max_pixels`; nothing has been decoded.
+        TooManyPixels: more than `max_pixels`, in the image or in a TIFF's tile; nothing has been
+            decoded.
         Exception: whatever the decoder raises (`OSError`, `SyntaxError`, `RuntimeError`, ...), and
-            `ValueError` for what `check_file` refuses, PostScript, pixels that are no numbers, or
-            one side more than 250 times the other.
+            `ValueError` for what `check_file` refuses, PostScript, pixels that are no numbers, one
+            side more than 250 times the other, or a JPEG of over 100 scans.
     """
     if isinstance(source, str | os.PathLike):
         check_file(source)
@@ -90,8 +95,33 @@ def open_image(
             raise ValueError(
                 f"{width} x {height} pixels: one side is over {MAX_RATIO} times the other"
             )
+        if image.format == "TIFF":
+            _check_tile(image, max_pixels)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(image)
         image.load()
         return upright(image, mode)
+
+
+def _check_tile(image: Any, max_pixels: int | None) -> None:
+    """A tile is decoded whole, however small the image is."""
+    width, height = (image.tag_v2.get(tag, 0) for tag in _TILE)
+    if max_pixels is not None and width * height > max_pixels:
+        raise TooManyPixels(f"a tile of {width} x {height} pixels, at most {max_pixels} are taken")
+
+
+def _check_scans(image: Any) -> None:
+    """A scan of some bytes may take as long as one of all pixels: a small file takes hours."""
+    place = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(place)
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and data[found.end() - 1] != 0xD9:  # its end
+        scans += data[found.end() - 1] == 0xDA
+        if scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of over {MAX_SCANS} scans")
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
 
 
 def upright(image: Image.Image, mode: str = "RGB") -> Image.Image:

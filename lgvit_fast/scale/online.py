@@ -37,7 +37,8 @@ def serve_deployment(
         threads: None takes as many as Ray reserves processors for a replica.
         options: of `ray.serve.deployment`: num_replicas, autoscaling_config, ray_actor_options, ...
             Unless given, max_ongoing_requests is twice `settings.queue`, so that a replica itself
-            refuses what it has no room for, with 429 and Retry-After.
+            refuses what it has no room for, with 429 and Retry-After, and
+            graceful_shutdown_timeout_s is `settings.stop_seconds`.
     """
     from ray import serve
 
@@ -60,7 +61,7 @@ def serve_deployment(
     defaults = {
         "name": "lgvit",
         "max_ongoing_requests": 2 * limits.queue,
-        "graceful_shutdown_timeout_s": limits.timeout + 5,
+        "graceful_shutdown_timeout_s": limits.stop_seconds,
     }
     return serve.deployment(**{**defaults, **options})(Replica).bind()
 

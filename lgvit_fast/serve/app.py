@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import time
@@ -16,7 +17,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -24,21 +24,24 @@ from lgvit_fast._version import __version__
 from lgvit_fast.deploy import Deployed
 from lgvit_fast.runtimes.continuous import Finished
 from lgvit_fast.serve.answers import Answer, Failure, answer, failure
+from lgvit_fast.serve.hosts import AllowedHosts
 from lgvit_fast.serve.levels import Levels, certified_policies
 from lgvit_fast.serve.metrics import CONTENT_TYPE, Metrics
 from lgvit_fast.serve.settings import Settings
-from lgvit_fast.serve.uploads import FIELD, Budget, Upload, declared, read_image, uploads
+from lgvit_fast.serve.uploads import FIELD, Budget, NoRoom, Upload, declared, read_image, uploads
 from lgvit_fast.serve.worker import Job, Worker
 
 __all__ = ["create_app"]
 
+_logger = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "page"
 _READERS = 4  # images that are decoded at once: each takes up to some 12 bytes a pixel
 _BODIES = 8  # largest bodies that are held at once
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
-    " connect-src 'self'"
+    " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
+_DIED = "the thread that runs the model died, and the process must be started anew"
 _GONE = 499  # what nginx calls a client that has closed its connection; nobody reads it
 
 
@@ -47,22 +50,25 @@ def create_app(
     settings: Settings | None = None,
     *,
     allowed_hosts: Sequence[str] | None = None,
+    died: Callable[[], object] = lambda: None,
 ) -> FastAPI:
     """A model behind HTTP: POST /predict, a page at /, metrics, health and OpenAPI.
 
     The model is warmed up when the application starts, and what was accepted is answered before it
-    ends. Nobody else may call `deployed` in between, for its graphs' sake.
+    ends. Nobody else may call `deployed` in between, for its graphs' sake. Should the thread that runs
+    the model die, all that wait get 503, and so do /healthz and /readyz from then on.
 
     Args:
         deployed: the model.
         settings: limits and batching; None takes the defaults.
         allowed_hosts: names that requests may give as their host; None allows any.
+        died: called once, from another thread, if the thread that runs the model dies.
 
     Raises:
         ValueError: `slo_ms` without a certificate that has a path.
     """
     settings = settings or Settings()
-    service = Service(deployed, settings)
+    service = Service(deployed, settings, died)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,7 +83,7 @@ def create_app(
     app = FastAPIOffline(redoc_url=None, title="lgvit_fast", version=__version__, lifespan=lifespan)
     app.state.service = service
     if allowed_hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts))
+        app.add_middleware(AllowedHosts, hosts=allowed_hosts)
 
     @app.exception_handler(HTTPException)
     async def explain(request: Request, error: HTTPException) -> JSONResponse:
@@ -116,12 +122,12 @@ def create_app(
     @app.get("/healthz")
     def healthz() -> Response:
         """Whether the process can answer; if not, start it anew."""
-        return _status("ok" if service.worker.alive or not service.ready else "the worker died")
+        return _status("ok" if service.worker.failure is None else _DIED)
 
     @app.get("/readyz")
     def readyz() -> Response:
         """Whether to send images here."""
-        return _status("ok" if service.ready and service.worker.alive else "not ready")
+        return _status("ok" if service.open else "not ready")
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -135,13 +141,8 @@ def create_app(
 
     @app.get("/stats")
     def stats() -> dict[str, Any]:
-        """What this process has answered."""
-        return {
-            "exits": service.left,
-            "queue": service.worker.waiting,
-            "answered": sum(service.left),
-            "rejected": service.rejected,
-        }
+        """What the server has answered, all processes of it together."""
+        return service.metrics.totals()
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
@@ -161,7 +162,7 @@ def create_app(
 class Service:
     """What the routes share: the worker, its counts, and the way of a request."""
 
-    def __init__(self, deployed: Deployed, settings: Settings) -> None:
+    def __init__(self, deployed: Deployed, settings: Settings, died: Callable[[], object]) -> None:
         self.deployed, self.settings = deployed, settings
         policies = (
             [deployed.policy]
@@ -169,22 +170,48 @@ class Service:
             else certified_policies(deployed.policy, deployed.certificate)
         )
         slo = None if settings.slo_ms is None else settings.slo_ms / 1000
-        self.metrics = Metrics(deployed.manifest.layers)
+        self.metrics = metrics = Metrics(deployed.manifest.layers, deployed.certificate)
         batcher = deployed.batcher(
-            settings.batch_size, settings.max_wait_ms / 1000, policies, self.metrics.ran
+            settings.batch_size, settings.max_wait_ms / 1000, policies, self._ran
         )
-        self.worker = Worker(deployed, batcher, Levels(policies, slo), settings.queue)
-        self.left = [0] * len(deployed.manifest.layers)
-        self._certified = list(self.left)  # of those answered under the certificate's own policy
-        self.rejected = 0
+        levels = Levels(policies, slo)
+        self.worker = Worker(deployed, batcher, levels, settings.queue, metrics.queue.set, died)
         self.ready = False
+        self._end: float | None = None  # of the time to stop within, by time.monotonic
+        self._uploading: set[asyncio.Timeout] = set()
         self._budget = Budget(_BODIES * settings.max_upload)
         readers = min(_READERS, len(os.sched_getaffinity(0)))
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="lgvit-read")
 
+    @property
+    def open(self) -> bool:
+        """Whether images are accepted."""
+        return self.ready and self.worker.failure is None
+
+    def stop_soon(self) -> None:
+        """The server was told to stop: from now on the time runs. Called in its event loop."""
+        if self._end is None:
+            self._end = time.monotonic() + self.settings.stop_seconds
+            asyncio.get_running_loop().call_later(self.settings.stop_seconds, self._cut_off)
+
+    def _cut_off(self) -> None:
+        """The time is over: whoever waits gets 503."""
+        self.ready = False
+        if images := self.worker.waiting:
+            _logger.warning(
+                "stopping: %d images without an answer after %g s",
+                images,
+                self.settings.stop_seconds,
+            )
+        for limit in self._uploading:
+            if not limit.expired():  # a body that is too late anyway
+                limit.reschedule(0)
+        self.worker.end()
+
     def close(self) -> None:
-        """Answer what was accepted, then end."""
-        self.worker.stop()
+        """Answer what was accepted, in the time that is left, then end."""
+        left = self.settings.stop_seconds if self._end is None else self._end - time.monotonic()
+        self.worker.stop(max(0.0, left))
         self._readers.shutdown(cancel_futures=True)
 
     def about(self) -> dict[str, Any]:
@@ -208,11 +235,12 @@ class Service:
 
     def measured(self) -> bytes:
         """The metrics' page."""
-        self.metrics.queue.set(self.worker.waiting)
-        self.metrics.level.set(self.worker.levels.level)
-        if self.deployed.certificate is not None:
-            self.metrics.check_drift(self.deployed.certificate, self._certified)
         return self.metrics.page()
+
+    def _ran(self, place: int, images: int, seconds: float) -> None:
+        """Count a run of a segment."""
+        self.metrics.ran(place, images)
+        self.metrics.level.set(self.worker.levels.level)
 
     async def predict(self, request: Request) -> Response:
         """The way of a request: body -> places -> pixels -> worker -> answers."""
@@ -228,7 +256,6 @@ class Service:
             return Response(status_code=(status := _GONE))
         except HTTPException as error:
             status = error.status_code
-            self.rejected += status == 429
             raise
         finally:
             if not lines:
@@ -240,21 +267,27 @@ class Service:
         self.metrics.latency.observe(time.perf_counter() - began)
 
     async def _predict(self, request: Request) -> Response:
-        if self.worker.failure is not None:
-            raise HTTPException(503, "the worker died")
-        if not self.ready:
-            raise HTTPException(503, "the server is starting or stopping")
-        size = declared(request, self.settings)
-        if not self._budget.take(size):
-            raise self._busy()
+        if not self.open:
+            raise self._unavailable()
+        limit = asyncio.timeout(self.settings.timeout)
+        self._uploading.add(limit)
         try:
-            files = await uploads(request, self.settings)
+            with self._budget.share(declared(request, self.settings)) as take:
+                async with limit:
+                    files = await uploads(request, self.settings, take)
+        except NoRoom:
+            raise self._busy() from None
+        except TimeoutError:
+            if not self.open:
+                raise self._unavailable() from None
+            late = f"the body took more than {self.settings.timeout:g} s"
+            raise HTTPException(408, late) from None
         finally:
-            self._budget.give_back(size)
+            self._uploading.discard(limit)
         if not self.worker.reserve(len(files)):
             for upload in files:
                 upload.file.close()
-            raise self._busy()
+            raise self._busy() if self.open else self._unavailable()
         answers = self._answers(files)
         await anext(answers)  # closing a generator that has not begun would not clean up
         if len(files) == 1:
@@ -281,11 +314,11 @@ class Service:
     async def _answers(self, files: Sequence[Upload]) -> AsyncGenerator[Answer | Failure]:
         """An answer for each file, which has a place reserved, in the order they are finished."""
         loop = asyncio.get_running_loop()
-        results: asyncio.Queue[tuple[int, Finished | HTTPException]] = asyncio.Queue()
+        results: asyncio.Queue[tuple[int, Finished | HTTPException | None]] = asyncio.Queue()
         jobs: dict[int, Job] = {}  # handed to the worker, which gives their places back
         missing = dict(enumerate(files))
 
-        def tell(place: int, found: Finished | HTTPException) -> None:
+        def tell(place: int, found: Finished | HTTPException | None) -> None:
             results.put_nowait((place, found))
 
         async def read(place: int, upload: Upload) -> None:
@@ -327,10 +360,12 @@ class Service:
                 upload.file.close()
 
     def _said(
-        self, place: int, name: str | None, found: Finished | HTTPException
+        self, place: int, name: str | None, found: Finished | HTTPException | None
     ) -> Answer | Failure:
         """What is said of an image, which is counted."""
         try:
+            if found is None:
+                raise self._unavailable()
             if isinstance(found, HTTPException):
                 raise found
             policy = self.worker.levels.policies[found.policy]
@@ -340,13 +375,16 @@ class Service:
         except HTTPException as error:
             self.metrics.errors.labels(error.status_code).inc()
             return failure(place, name, error)
-        self.left[found.exit_index] += 1
         if found.policy == len(self.worker.levels.policies) - 1:
-            self._certified[found.exit_index] += 1
+            self.metrics.certified.labels(found.exit_layer).inc()
         self.metrics.exits.labels(found.exit_layer).inc()
         self.metrics.queued.observe(found.queued)
         self.metrics.computed.observe(found.computed)
         return said
+
+    def _unavailable(self) -> HTTPException:
+        died = self.worker.failure is not None
+        return HTTPException(503, _DIED if died else "the server is starting or stopping")
 
     def _busy(self) -> HTTPException:
         seconds = max(1, math.ceil(self.worker.retry_after))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lgvit_fast.certificate import Certificate
@@ -10,7 +11,7 @@ from lgvit_fast.policies import Policy
 __all__ = ["Levels", "certified_policies"]
 
 _MOST = 8  # policies of a path that are told apart
-_CALM = 0.5  # of the time allowed: below it, thresholds become more cautious again
+_CALM = 0.25  # of the time allowed: up to it, the most cautious policy
 _SMOOTHING = 0.05  # weight of the latest image in a mean
 
 
@@ -35,8 +36,10 @@ class Levels:
     """Which of several policies new images are accepted under.
 
     The time an image will take is expected from the images before it and from what an image has cost
-    lately. Above the time allowed the next one is accepted under a bolder policy, below half of it
-    under a more cautious one; in between nothing changes, and never more than one step an image.
+    lately. From a quarter of the time allowed to all of it, the policies divide the range into equal
+    bands; one stays until the expected time is out of its band and of the one below it. So a steady
+    load settles at neighbouring policies. A rule that goes on stepping while the time is too long
+    would swing from end to end: a policy shows its effect only when its images are run.
 
     Args:
         policies: from cautious to bold.
@@ -57,11 +60,10 @@ class Levels:
     def choose(self, waiting: int) -> int:
         """The policy's number for an image before which others wait."""
         if self._slo is not None and self._cost is not None:
-            expected = (waiting + 1) * self._cost
-            if expected > self._slo:
-                self.level = min(self.level + 1, len(self.policies) - 1)
-            elif expected < _CALM * self._slo:
-                self.level = max(self.level - 1, 0)
+            share = (self.expected(waiting + 1) / self._slo - _CALM) / (1 - _CALM)
+            band = math.floor(share * len(self.policies))
+            level = min(max(self.level, band), band + 1)
+            self.level = min(max(level, 0), len(self.policies) - 1)
         return self.level
 
     def expected(self, waiting: int) -> float:

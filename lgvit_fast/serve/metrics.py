@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -13,7 +16,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from lgvit_fast.certificate import Certificate
 
@@ -31,11 +34,12 @@ class Metrics:
 
     Args:
         layers: blocks after which images may leave, the depth last.
+        certificate: the model's, for the drift from its calibration images.
     """
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], certificate: Certificate | None) -> None:
         self._registry = registry = CollectorRegistry()
-        self._layers = tuple(layers)
+        self._layers, self._certificate = tuple(layers), certificate
         self.requests = Counter(
             "lgvit_requests", "Requests answered, by status", ["status"], registry=registry
         )
@@ -66,6 +70,12 @@ class Metrics:
             ["layer"],
             registry=registry,
         )
+        self.certified = Counter(
+            "lgvit_certified_images",
+            "Those answered under the certificate's own policy",
+            ["layer"],
+            registry=registry,
+        )
         self.batches = Histogram(
             "lgvit_batch_images",
             "Images of a run, by the block it ends at",
@@ -89,32 +99,69 @@ class Metrics:
             "lgvit_drift_evidence",
             "Evidence that images leave elsewhere than the calibration images (e-value)",
             registry=registry,
-            multiprocess_mode="livemax",
+            multiprocess_mode="livemostrecent",
         )
         self.drift = Gauge(
             "lgvit_drift",
             "1 if the certificate no longer speaks of the images",
             registry=registry,
-            multiprocess_mode="livemax",
+            multiprocess_mode="livemostrecent",
         )
         for layer in self._layers:  # at zero from the start
             self.exits.labels(layer)
             self.batches.labels(layer)
 
-    def ran(self, place: int, images: int, seconds: float) -> None:
+    def ran(self, place: int, images: int) -> None:
         """Count a run of a segment."""
         self.batches.labels(self._layers[place]).observe(images)
 
-    def check_drift(self, certificate: Certificate, left: Sequence[int]) -> None:
-        """Say whether images leave where the calibration images left."""
-        check = certificate.check(left)
-        self.evidence.set(check.evidence)
-        self.drift.set(not check.alike)
+    def totals(self) -> dict[str, Any]:
+        """The counts that the page shows, as json types."""
+        values = self._values()
+        exits = self._by_layer(values, "lgvit_images_total")
+        return {
+            "exits": exits,
+            "queue": int(values.get(("lgvit_queue_images", ""), 0)),
+            "answered": sum(exits),
+            "rejected": int(values.get(("lgvit_requests_total", "429"), 0)),
+        }
 
     def page(self) -> bytes:
         """All of it, in Prometheus's text format."""
+        if self._certificate is not None:
+            check = self._certificate.check(
+                self._by_layer(self._values(), "lgvit_certified_images_total")
+            )
+            self.evidence.set(check.evidence)
+            self.drift.set(not check.alike)
+        return generate_latest(self._all())
+
+    def _by_layer(self, values: dict[tuple[str, str], float], name: str) -> list[int]:
+        return [int(values.get((name, str(layer)), 0)) for layer in self._layers]
+
+    def _values(self) -> dict[tuple[str, str], float]:
+        """Values by their names and the value of their only label."""
+        return {
+            (sample.name, "".join(sample.labels.values())): sample.value
+            for metric in self._all().collect()
+            for sample in metric.samples
+        }
+
+    def _all(self) -> CollectorRegistry:
+        """What the processes of the server have counted, together."""
         if SHARED_FOLDER not in os.environ:
-            return generate_latest(self._registry)
+            return self._registry
+        _forget_the_dead(Path(os.environ[SHARED_FOLDER]))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        return registry
+
+
+def _forget_the_dead(shared: Path) -> None:
+    """Drop the gauges of processes that were killed; their counts stay."""
+    for pid in {int(path.stem.rpartition("_")[2]) for path in shared.glob("gauge_live*_*.db")}:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            with suppress(FileNotFoundError):  # another process was faster
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]

@@ -5,51 +5,57 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lgvit_fast.deploy import Deployed
 from lgvit_fast.deploy.manifest import Manifest, is_exported
 from lgvit_fast.serve.app import create_app
+from lgvit_fast.serve.hosts import hosts_of
 from lgvit_fast.serve.metrics import SHARED_FOLDER
 from lgvit_fast.serve.settings import Settings
 
 __all__ = ["bind", "from_environment", "serve"]
 
 _TOLD = "LGVIT_SERVE"  # what the processes of a server are told, as json
-_CONNECTIONS = 1024  # of a process; more are refused with 503
+_CONNECTIONS = 1024  # of a process; more are refused with 503, and twice as many at once
+_FILES = 8 * _CONNECTIONS  # open ones: each connection may have an upload on disk
 _HEADERS_WITHIN = 10.0  # seconds
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+_READ_WITHIN = 30.0  # seconds, what has been answered
+_LAST_WORDS = 1.0  # seconds for the 503 of those that were cut off, then connections are closed
 
 
 def serve(
     folder: str | os.PathLike[str],
-    settings: Settings | None = None,
+    settings: Settings,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    workers: int = 1,
-    runtime: str = "auto",
-    threads: int | None = None,
+    host: str,
+    port: int,
+    workers: int,
+    runtime: str,
+    threads: int | None,
 ) -> None:
-    """Serve a model until SIGINT or SIGTERM; what was accepted is answered first.
+    """Serve a model until SIGINT or SIGTERM; what was accepted is answered first, for a time.
 
     There is no authentication and no encryption: listen on other addresses only behind something that
     has both. On a loopback address, requests that name another host are refused.
 
     Args:
         folder: an exported model; a saved one is exported to a temporary folder first.
-        settings: limits and batching; None takes the defaults.
+        settings: limits and batching.
         host: address to listen on.
         port: 0 takes a free one.
         workers: processes, each with the whole model. One that dies is started anew.
@@ -61,9 +67,12 @@ def serve(
         OSError: the address cannot be listened on.
         RuntimeError: the runtime is not installed.
     """
-    settings = settings or Settings()
     if isinstance(workers, bool) or workers < 1:
         raise ValueError(f"workers={workers!r}, expected at least 1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
     with _exported(folder) as ready, bind(host, port) as listening:
@@ -72,10 +81,10 @@ def serve(
             "settings": settings.to_json(),
             "runtime": runtime,
             "threads": threads,
-            "hosts": list(_LOOPBACK) if host in _LOOPBACK else None,
+            "hosts": hosts_of(host),
         }
         app = _app(told)  # also with several processes: one that cannot start is started for ever
-        name = f"[{host}]" if ":" in host else "localhost" if host in _LOOPBACK else host
+        name = f"[{host}]" if ":" in host else "localhost" if host == "127.0.0.1" else host
         where = f"http://{name}:{listening.getsockname()[1]}"
         print(f"serving {os.fspath(folder)} on {where}", file=sys.stderr, flush=True)
         options: dict[str, Any] = {
@@ -122,14 +131,29 @@ def _several(
 
 
 def from_environment() -> FastAPI:
-    """The application in a process that `serve` started."""
-    return _app(json.loads(os.environ[_TOLD]))
+    """The application in one of the processes that `serve` started.
+
+    If its worker dies it ends when those who waited have been told, and is started anew. If the process
+    that started it is killed it ends, too, for it would keep the port.
+    """
+    if (parent := parent_process()) is not None:
+
+        def watch() -> None:
+            parent.join()
+            _stop()
+
+        threading.Thread(target=watch, daemon=True).start()
+    return _app(json.loads(os.environ[_TOLD]), _stop)
 
 
-def _app(told: dict[str, Any]) -> FastAPI:
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _app(told: dict[str, Any], died: Callable[[], object] = lambda: None) -> FastAPI:
     deployed = Deployed(told["folder"], told["runtime"], told["threads"])
     settings = Settings.from_json(told["settings"])
-    return create_app(deployed, settings, allowed_hosts=told["hosts"])
+    return create_app(deployed, settings, allowed_hosts=told["hosts"], died=died)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -170,13 +194,19 @@ def _exported(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield export(LGViT.from_pretrained(folder).eval(), Path(temporary, "exported"))
 
 
-class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """uvicorn's, which lets a client take any time for the head of a request."""
+class _Protocol(H11Protocol):
+    """uvicorn's, which lets a client take any time for the head of a request, and for its answer.
+
+    Of the two that it has, the one that limits the size of a head (to 16 KiB).
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > 2 * _CONNECTIONS:
+            self.transport.abort()
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -186,7 +216,30 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_lost(self, error: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._cancel_unread()
         super().connection_lost(error)
+
+    def pause_writing(self) -> None:
+        """Called when the client has not read for so long that the answer does not fit."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(_READ_WITHIN, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Called when it has read on."""
+        self._cancel_unread()
+        super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Called of every connection when the server is told to stop."""
+        super().shutdown()
+        service = self.config.loaded_app.state.service
+        service.stop_soon()
+        self.loop.call_later(service.settings.stop_seconds + _LAST_WORDS, self.transport.abort)
+
+    def _cancel_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _watch(self) -> None:
         """Close the connection unless the head of a request is whole in time."""

@@ -22,6 +22,8 @@ class Settings:
         max_images: of a request.
         max_pixels: of an image, width times height.
         timeout: seconds, for a body to come in, and for an image to be answered.
+        stop_seconds: that a server which is told to stop goes on answering what it has accepted; what
+            is left then gets 503. Kubernetes kills after 30.
         slo_ms: milliseconds an image may take from its acceptance to its answer: when more are to be
             expected, images are accepted under bolder thresholds, down to the certified ones. None
             takes the model's own policy for every image.
@@ -35,6 +37,7 @@ class Settings:
     max_images: int = 64
     max_pixels: int = 25_000_000
     timeout: float = 30.0
+    stop_seconds: float = 25.0
     slo_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Settings:
                 raise ValueError(f"{name}={value!r}, expected an integer of at least 1")
         if not 0 <= self.max_wait_ms < float("inf"):
             raise ValueError(f"max_wait_ms={self.max_wait_ms!r}, expected 0 or more")
-        for name in ("max_upload_mb", "timeout", "slo_ms"):
+        for name in ("max_upload_mb", "timeout", "stop_seconds", "slo_ms"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r}, expected a positive number")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
+import warnings
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import IO
@@ -12,6 +13,7 @@ import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 from PIL.Image import DecompressionBombError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -20,12 +22,12 @@ from lgvit_fast.data.images import TooManyPixels
 from lgvit_fast.deploy.preprocess import Preprocessing
 from lgvit_fast.serve.settings import Settings
 
-__all__ = ["FIELD", "Budget", "Upload", "read_image", "uploads"]
+__all__ = ["FIELD", "Budget", "NoRoom", "Upload", "declared", "read_image", "uploads"]
 
 FIELD = "image"  # of a multipart body
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
 _IN_MEMORY = 2**20  # bytes; longer bodies go to a temporary file
-_CHUNKED = "transfer-encoding"
+_TEXT = 1024  # bytes of a form's field that is no file, which is refused in the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,17 @@ class Upload:
     file: IO[bytes]
 
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # uploads would fill the log with them
+
+
+class NoRoom(Exception):
+    """As many bytes of bodies are held as may be."""
+
+
 class Budget:
     """Bytes of bodies that are held at once, over all requests.
+
+    They are taken as they come: what a body says of its length would let a few slow clients hold all.
 
     Args:
         most: no more than these.
@@ -46,35 +57,53 @@ class Budget:
     def __init__(self, most: int) -> None:
         self._left = most
 
-    def take(self, size: int) -> bool:
-        """Take so many bytes, if they are left."""
-        if size > self._left:
-            return False
-        self._left -= size
-        return True
+    @contextmanager
+    def share(self, declared: int) -> Iterator[Callable[[int], None]]:
+        """A function that takes so many more bytes, which are given back in the end.
 
-    def give_back(self, size: int) -> None:
-        """What `take` took."""
-        self._left += size
+        Args:
+            declared: bytes of the body, as far as is known. They are not taken.
+
+        Raises:
+            NoRoom: there are not enough, now or in the function.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._left:
+                raise NoRoom
+            self._left -= size
+            taken += size
+
+        if declared > self._left:
+            raise NoRoom
+        try:
+            yield take
+        finally:
+            self._left += taken
 
 
-async def uploads(request: Request, settings: Settings) -> list[Upload]:
-    """The image files of a request. The caller closes them.
+async def uploads(
+    request: Request, settings: Settings, take: Callable[[int], None]
+) -> list[Upload]:
+    """The image files of a request. The caller closes them, and has looked at `declared`.
+
+    Args:
+        request: whose body has not been read.
+        settings: limits.
+        take: called with the bytes of each part of the body that comes; see `Budget.share`.
 
     Raises:
-        HTTPException: 400 no body, no image or a broken form; 408 it takes too long; 413 too large, or
-            too many images; 415 neither a form nor an image.
+        NoRoom: from `take`.
+        HTTPException: 400 no body, no image or a broken form; 413 too large, or too many images; 415
+            neither a form nor an image.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    declared(request, settings)
-    try:
-        async with asyncio.timeout(settings.timeout):
-            if kind == "multipart/form-data":
-                return await _form(request, settings)
-            if kind in ("", "application/octet-stream") or kind.startswith("image/"):
-                return [await _raw(request, settings)]
-    except TimeoutError:
-        raise HTTPException(408, f"the body took more than {settings.timeout:g} s") from None
+    if kind == "multipart/form-data":
+        return await _form(request, settings, take)
+    if kind in ("", "application/octet-stream") or kind.startswith("image/"):
+        return [await _raw(request, settings, take)]
     raise HTTPException(
         415,
         f"content type {kind!r}, expected multipart/form-data with the field {FIELD!r}, image/* or"
@@ -83,14 +112,14 @@ async def uploads(request: Request, settings: Settings) -> list[Upload]:
 
 
 def declared(request: Request, settings: Settings) -> int:
-    """Bytes that a request's body may have: what it says, or the most there may be.
+    """Bytes that a request's body has, as it says; 0 if it does not.
 
     Raises:
         HTTPException: 413 too many; 400 no number.
     """
     text = request.headers.get("content-length")
     if text is None:
-        return settings.max_upload if _CHUNKED in request.headers else 0
+        return 0
     if not (text.isascii() and text.isdecimal()):
         raise HTTPException(400, f"content-length is {text!r}, expected a number")
     if int(text) > settings.max_upload:
@@ -98,10 +127,10 @@ def declared(request: Request, settings: Settings) -> int:
     return int(text)
 
 
-async def _raw(request: Request, settings: Settings) -> Upload:
+async def _raw(request: Request, settings: Settings, take: Callable[[int], None]) -> Upload:
     file = SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 (the caller closes it)
     try:
-        async for part in _limited(request, settings):
+        async for part in _limited(request, settings, take):
             file.write(part)
         if not file.tell():
             raise HTTPException(400, "the body is empty, expected an image")
@@ -112,13 +141,16 @@ async def _raw(request: Request, settings: Settings) -> Upload:
     return Upload(None, file)
 
 
-async def _form(request: Request, settings: Settings) -> list[Upload]:
+async def _form(request: Request, settings: Settings, take: Callable[[int], None]) -> list[Upload]:
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # Python has strange ones
+        raise HTTPException(400, "the form's charset is not utf-8")
     parser = MultiPartParser(
         request.headers,
-        _limited(request, settings),
+        _limited(request, settings, take),
         max_files=settings.max_images,
         max_fields=settings.max_images,
-        max_part_size=settings.max_upload,
+        max_part_size=_TEXT,
     )
     try:
         form = await parser.parse()
@@ -136,13 +168,16 @@ async def _form(request: Request, settings: Settings) -> list[Upload]:
     return [Upload(part.filename or None, part.file) for part in files]
 
 
-async def _limited(request: Request, settings: Settings) -> AsyncGenerator[bytes]:
+async def _limited(
+    request: Request, settings: Settings, take: Callable[[int], None]
+) -> AsyncGenerator[bytes]:
     """The body's parts; what it says of its length is not relied on."""
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > settings.max_upload:
             raise _too_large(settings)
+        take(len(part))
         yield part
 
 

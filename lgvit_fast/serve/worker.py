@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,9 @@ from lgvit_fast.serve.levels import Levels
 
 __all__ = ["Job", "Worker"]
 
+_logger = logging.getLogger(__name__)
+_RUN = 5.0  # seconds that are left to a run in progress when the worker must end
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -25,11 +29,12 @@ class Job:
 
     Attributes:
         image: `[channels, H, W]` float32; None once the worker has it.
-        deliver: called once in the worker's thread, unless the job was given up.
+        deliver: called once, unless the job was given up, with the answer, or with None if there will
+            be none: the worker died, or was told to end first.
     """
 
     image: NDArray[np.float32] | None
-    deliver: Callable[[Finished], object]
+    deliver: Callable[[Finished | None], object]
 
 
 class Worker:
@@ -40,18 +45,31 @@ class Worker:
         batcher: over its graphs; the worker's thread alone uses it.
         levels: the policies of the batcher, and which of them is next.
         queue: images that may be accepted and not answered.
+        count: called with the places that are taken, whenever that changes.
+        died: called once if the thread ends by an exception, when all who waited have been told.
+
+    Attributes:
+        failure: the exception that ended the thread.
     """
 
     def __init__(
-        self, deployed: Deployed, batcher: ContinuousBatcher, levels: Levels, queue: int
+        self,
+        deployed: Deployed,
+        batcher: ContinuousBatcher,
+        levels: Levels,
+        queue: int,
+        count: Callable[[int], object] = lambda places: None,
+        died: Callable[[], object] = lambda: None,
     ) -> None:
         self._deployed, self._batcher, self.levels, self._most = deployed, batcher, levels, queue
+        self._count, self._died = count, died
         self._changed = threading.Condition()
         self._inbox: deque[Job] = deque()
+        self._jobs: set[Job] = set()  # handed in, without an answer
         self._given_up: set[Job] = set()
         self._places = 0  # taken: accepted, or held for an image that is being read
         self._unshared = 0.0  # seconds of runs after which nobody has left yet
-        self._stopping = False
+        self._stopping = self._ended = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="lgvit-serve", daemon=True)
 
@@ -82,19 +100,23 @@ class Worker:
         with self._changed:
             if self._stopping or self._places + images > self._most:
                 return False
-            self._places += images
+            self._take(images)
             return True
 
     def release(self, places: int = 1) -> None:
         """Give places back."""
         with self._changed:
-            self._places -= places
+            self._take(-places)
 
     def submit(self, job: Job) -> None:
         """Hand in an image that has a place, which its answer gives back."""
         with self._changed:
-            self._inbox.append(job)
-            self._changed.notify()
+            self._jobs.add(job)
+            if not self._ended:
+                self._inbox.append(job)
+                self._changed.notify()
+                return
+        self._tell_all()
 
     def give_up(self, jobs: set[Job]) -> None:
         """Nobody wants to know any more: jobs without an answer are dropped before the next run."""
@@ -102,13 +124,23 @@ class Worker:
             self._given_up |= jobs
             self._changed.notify()
 
-    def stop(self) -> None:
-        """Answer what was accepted, then end."""
+    def stop(self, seconds: float) -> None:
+        """Answer what was accepted, then end; after so many seconds, end without."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        self.end()
+        if self._thread.ident is not None:
+            self._thread.join(_RUN)
+
+    def end(self) -> None:
+        """End after the run in progress, and tell all who wait that there will be no answer."""
+        with self._changed:
+            self._stopping = self._ended = True
+            self._changed.notify()
+        self._tell_all()
 
     def _work(self) -> None:
         try:
@@ -117,13 +149,15 @@ class Worker:
                 done = self._batcher.step()
                 self._tell(done, time.perf_counter() - began)
         except BaseException as error:
+            _logger.critical("the thread that runs the model died", exc_info=error)
             self.failure = error
-            raise
+            self.end()
+            self._died()
 
     def _take_in(self) -> bool:
         """Wait until there is something to run, and take in what has come; False at the end."""
         with self._changed:
-            while True:
+            while not self._ended:
                 self._drop()
                 while self._inbox:
                     job = self._inbox.popleft()
@@ -139,14 +173,20 @@ class Worker:
                 if wait is None and self._stopping:
                     return False
                 self._changed.wait(wait)
+            return False
+
+    def _take(self, places: int) -> None:
+        """Places more are taken. Called with the lock."""
+        self._places += places
+        self._count(self._places)
 
     def _drop(self) -> None:
         """Forget what was given up. Called with the lock."""
         if self._given_up:
-            inbox = [job for job in self._inbox if job not in self._given_up]
-            dropped = len(self._inbox) - len(inbox) + self._batcher.drop(set(self._given_up))
-            self._inbox = deque(inbox)
-            self._places -= dropped
+            self._inbox = deque(job for job in self._inbox if job not in self._given_up)
+            self._batcher.drop(set(self._given_up))
+            self._take(-len(self._jobs & self._given_up))
+            self._jobs -= self._given_up
             self._given_up.clear()
 
     def _tell(self, done: list[Finished], seconds: float) -> None:
@@ -157,7 +197,21 @@ class Worker:
             self.levels.answered(self._unshared / len(done))
             job = finished.key
             assert isinstance(job, Job)
-            with contextlib.suppress(RuntimeError):  # the loop of who asked has been closed
-                job.deliver(finished)
+            self._deliver(job, finished)
         self._unshared = 0.0
-        self.release(len(done))
+
+    def _tell_all(self) -> None:
+        """That there will be no answer."""
+        with self._changed:
+            jobs = tuple(self._jobs)
+        for job in jobs:
+            self._deliver(job, None)
+
+    def _deliver(self, job: Job, finished: Finished | None) -> None:
+        with self._changed:
+            if job not in self._jobs:  # told by another thread
+                return
+            self._jobs.remove(job)
+            self._take(-1)
+        with contextlib.suppress(RuntimeError):  # the loop of who asked has been closed
+            job.deliver(finished)

@@ -1,9 +1,11 @@
 """One local Ray cluster of real processes: a data set answered offline, and replicas behind HTTP."""
 
+import contextlib
 import json
 import os
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -137,11 +139,16 @@ class TestServe:
         pytest.importorskip("fastapi")
         from ray import serve
 
+        from lgvit_fast.serve import Settings
+
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(scale.serve_deployment(exports.folder(), num_replicas=2), name="model")
+        # two images run at once, and one waits, so that it is there when its replica is killed
+        settings = Settings(batch_size=2, max_wait_ms=2000, queue=8)
+        deployment = scale.serve_deployment(exports.folder(), settings=settings, num_replicas=2)
+        serve.run(deployment, name="model")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
 
@@ -168,15 +175,33 @@ class TestServe:
         assert bad.status_code == 400 and bad.json()["error"]
         assert requests.get(f"{address}/model").json()["num_classes"] == 7
 
-    def test_requests_are_answered_after_a_replica_was_killed(self, address, photos):
+    def test_a_full_replica_s_429_reaches_the_client(self, address, photos):
         import requests
 
+        files = [("image", ("03.png", (photos / "03.png").read_bytes()))] * 9  # of 8 places
+        answer = requests.post(f"{address}/predict", files=files)
+        assert answer.status_code == 429 and answer.json() == {"error": "the queue is full"}
+        assert int(answer.headers["Retry-After"]) >= 1
+
+    def test_a_request_ends_with_its_replica_and_the_next_is_answered(self, address, photos):
+        import requests
+
+        image = (photos / "03.png").read_bytes()
         first, second = replicas()
         ray.kill(first)
-        assert second
-        for _ in range(20):
-            answer = requests.post(f"{address}/predict", (photos / "03.png").read_bytes())
+        files = [("image", ("03.png", image))] * 2
+        for _ in range(10):  # the proxy does not know yet that it is gone
+            answer = requests.post(f"{address}/predict", files=files)
             assert answer.status_code == 200
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(requests.post, f"{address}/predict", image)
+            while requests.get(f"{address}/stats").json()["queue"] != 1:
+                assert not waiting.done()
+            ray.kill(second)
+            with contextlib.suppress(requests.ConnectionError):
+                assert waiting.result(30).status_code >= 500
+        answer = requests.post(f"{address}/predict", files=files)
+        assert answer.status_code == 200 and len(answer.text.splitlines()) == 2
 
     def test_ray_asks_after_the_worker(self, address):
         from fastapi.testclient import TestClient

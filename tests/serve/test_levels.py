@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import deque
 
 import numpy as np
 import pytest
@@ -24,10 +25,38 @@ def test_bolder_when_answers_would_be_late_and_cautious_again_when_calm():
     assert levels.choose(waiting=1000) == 0  # nothing is known of the cost yet
     for _ in range(200):
         levels.answered(0.1)
-    assert levels.choose(waiting=8) == 0
-    assert [levels.choose(waiting=20) for _ in range(4)] == [1, 2, 2, 2]
-    assert levels.choose(waiting=6) == 2  # between half the limit and the limit nothing changes
-    assert [levels.choose(waiting=0) for _ in range(3)] == [1, 0, 0]
+    assert [levels.choose(waiting) for waiting in (3, 5, 8, 1000)] == [0, 1, 2, 2]
+    assert [levels.choose(waiting) for waiting in (8, 5, 3, 1)] == [2, 2, 1, 0]
+
+
+@pytest.mark.parametrize("load", [9, 12.5, 14, 16, 20])
+def test_a_steady_load_settles(load):
+    """Two minutes of one server, by its own clock: images cost less under bolder policies."""
+    rates = (10, 11, 12, 13.5, 15, 16.5, 17.5, 18)  # images a second under each
+    levels = Levels([Confidence(1 - place / 10) for place in range(8)], slo=2.0)
+    queue, chosen, waited = deque(), [], []
+    now = arrival = 0.0
+    while now < 120:
+        while arrival <= now:
+            queue.append((arrival, levels.choose(len(queue))))
+            arrival += 1 / load
+        if not queue:
+            now = arrival
+            continue
+        batch = [queue.popleft() for _ in range(min(4, len(queue)))]
+        cost = sum(1 / rates[level] for _, level in batch)
+        now += cost
+        for came, level in batch:
+            levels.answered(cost / len(batch))
+            if came > 60:
+                chosen.append(level)
+                waited.append(now - came)
+    if load < rates[-1]:
+        assert max(chosen) - min(chosen) <= 2 and max(waited) < 2.0
+    if load < rates[0]:
+        assert set(chosen) == {0}
+    if load > rates[-1]:  # the floor of the certificate is the end
+        assert set(chosen) == {7}
 
 
 def test_without_a_limit_the_model_s_own_policy_stays():

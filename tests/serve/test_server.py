@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -167,8 +168,18 @@ def test_a_client_that_goes_away_leaves_its_place(server):
 def test_paths_methods_and_hosts(server):
     assert server.client.get("/nothing").status_code == 404
     assert server.client.get("/predict").status_code == 405
-    elsewhere = server.client.get("/model", headers={"Host": "evil.example"})
-    assert elsewhere.status_code == 400
+    for host in (
+        "evil.example",
+        "localhost@evil.example",
+        "localhost.evil.example:80",
+        "[::2]",
+        "",
+    ):
+        elsewhere = server.client.get("/model", headers={"Host": host})
+        assert elsewhere.status_code == 400
+        assert elsewhere.json()["error"].startswith(f"the host is {host!r}, expected one of")
+    for host in ("LOCALHOST", "127.0.0.1:1", "[::1]:8000"):
+        assert server.client.get("/model", headers={"Host": host}).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_back(server):
@@ -223,6 +234,19 @@ def test_stopping_answers_what_was_accepted():
     with httpx.stream("POST", f"{server.url}/predict", files=form, timeout=30) as answer:
         assert server.stop() == 0
         assert len(list(answer.iter_lines())) == 6
+
+
+def test_the_loopback_address_of_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no ::1: {error}")
+    with serving(exports.folder(), "--host", "::1") as server:
+        assert re.fullmatch(r"http://\[::1\]:\d+", server.url)
+        for path in ("/", "/page.js", "/page.css", "/model", "/stats"):
+            assert server.client.get(path).status_code == 200
+        assert server.predict(picture(0)).status_code == 200
+        assert server.client.get("/", headers={"Host": "evil.example"}).status_code == 400
 
 
 def test_what_cannot_be_served(tmp_path):
