@@ -12,10 +12,11 @@ new images can be had, as at the end of the data.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from itertools import filterfalse, islice
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -147,11 +148,12 @@ class Stream(Iterator[Answer]):
     def __next__(self) -> Answer:
         answer = None
         try:
-            with take_turn(self, "the stream"), torch.inference_mode(False), torch.no_grad():
-                while self._state.given == len(self._state.ready):
-                    if not self._step():
-                        break
-                else:
+            with take_turn(self, "the stream"):
+                if not self._is_ready:
+                    with torch.inference_mode(False), torch.no_grad():
+                        while not self._is_ready and self._step():
+                            pass
+                if self._is_ready:
                     state = self._state
                     answer = state.ready[state.given]
                     self._state = state._replace(given=state.given + 1)
@@ -199,6 +201,11 @@ class Stream(Iterator[Answer]):
     def __del__(self) -> None:
         if hasattr(self, "_source"):
             self._source.close()
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether there is an answer to give."""
+        return self._state.given < len(self._state.ready)
 
     def _take_back(self, answer: Answer) -> None:
         """Keep an answer that an interrupt stopped on its way out, to be given first."""
@@ -335,11 +342,12 @@ class Stream(Iterator[Answer]):
         state = self._state
         queue, *others = state.queues
         space = self._batch_size - len(queue)
-        parts = zip(*(_cut(part, space) for part in intake), strict=True)
-        joining, left = (_Intake(*part) for part in parts)
+        joining, left = intake, None
+        if len(intake.waiting) > space:
+            joining = _Intake(*(part[:space] for part in intake))
+            left = _Intake(*(part[space:] for part in intake))
         self._slots.enter(joining.images, joining.state, len(queue))
-        queues = [queue + joining.waiting, *others]
-        self._state = state._replace(queues=queues, intake=left if left.waiting else None)
+        self._state = state._replace(queues=[queue + joining.waiting, *others], intake=left)
 
     def _to_model(self, images: Tensor) -> Tensor:
         parameter = next(self._engine.model.parameters())
@@ -349,7 +357,8 @@ class Stream(Iterator[Answer]):
     def _launch(self, place: int, forced: bool = False) -> None:
         """Launch a run on what waits for a segment, at most a batch. Changes nothing if it fails."""
         state = self._state
-        batch, rest = _cut(state.queues[place], self._batch_size)
+        queue = state.queues[place]
+        batch = queue[: self._batch_size]
         segments = self._engine.segments_for(len(batch))
         if segments is not self._running:
             if state.launched:
@@ -360,26 +369,26 @@ class Stream(Iterator[Answer]):
         run = self._slots.launch(place, segments[place], slots, self._policy, self._answer())
         launched = _Launched(run, place, segments[place], batch, forced)
         queues = list(state.queues)
-        queues[place] = rest
+        queues[place] = queue[self._batch_size :]
         self._state = state._replace(queues=queues, launched=(*state.launched, launched))
+        if run.is_done:  # and so are those before it
+            self._collect()
 
     def _collect(self) -> None:
         """End the run that was launched first; waits for it. Changes nothing if it fails."""
         state = self._state
         (run, place, segment, batch, forced), *others = state.launched
         stay, flags = run.outcome()
-        batch = [
-            image._replace(nonfinite=image.nonfinite or flag)
-            for image, flag in zip(batch, flags, strict=True)
-        ]
+        if any(flags):
+            marked = zip(batch, flags, strict=True)
+            batch = [image._replace(nonfinite=True) if flag else image for image, flag in marked]
         gone = sorted(set(range(len(batch))).difference(stay))
-        used = {image.slot for queue in state.queues[1:] for image in queue}
-        free = list(islice((slot for slot in count() if slot not in used), len(stay)))
+        free = self._free_slots(len(stay))
         logits = self._slots.store(run, place + 1, free, gone)
         names = self._engine.model.class_names
         answers = [
-            Answer(i.number, row, segment.index, segment.stop, i.nonfinite, i.target, names)
-            for i, row in zip([batch[row] for row in gone], logits, strict=True)
+            Answer(i.number, own, segment.index, segment.stop, i.nonfinite, i.target, names)
+            for i, own in zip([batch[row] for row in gone], logits, strict=True)
         ]
         queues = list(state.queues)
         if stay:
@@ -389,6 +398,11 @@ class Stream(Iterator[Answer]):
         self._state = finished._replace(queues=queues, launched=tuple(others))
         self._tally.add(place, len(batch))
         self._tally.forced += forced
+
+    def _free_slots(self, count: int) -> list[int]:
+        """The lowest slots in which no image waits."""
+        used = {image.slot for queue in self._state.queues[1:] for image in queue}
+        return list(islice(filterfalse(used.__contains__, itertools.count()), count))
 
     def _finish(self, state: _State, answers: list[Answer]) -> _State:
         """The state with these answers finished, those ready that may be given."""
@@ -422,11 +436,6 @@ class Stream(Iterator[Answer]):
             free = [model.blank(answer_rows(self._batch_size), device)]
             self._answers += free
         return free[0]
-
-
-def _cut(rows: Any, count: int) -> tuple[Any, Any]:
-    """The first rows, at most `count`, and the others."""
-    return rows[:count], rows[count:]
 
 
 def stream(
