@@ -66,6 +66,10 @@ class _Intake(NamedTuple):
     images: Tensor
     state: Tensor
 
+    def part(self, start: int, stop: int | None) -> _Intake:
+        rows = slice(start, stop)
+        return _Intake(self.waiting[rows], self.images[rows], self.state[rows])
+
 
 class _Launched(NamedTuple):
     """A run that was launched, and of what."""
@@ -342,10 +346,10 @@ class Stream(Iterator[Answer]):
         state = self._state
         queue, *others = state.queues
         space = self._batch_size - len(queue)
-        joining, left = intake, None
+        joining: _Intake = intake
+        left: _Intake | None = None
         if len(intake.waiting) > space:
-            joining = _Intake(*(part[:space] for part in intake))
-            left = _Intake(*(part[space:] for part in intake))
+            joining, left = intake.part(0, space), intake.part(space, None)
         self._slots.enter(joining.images, joining.state, len(queue))
         self._state = state._replace(queues=[queue + joining.waiting, *others], intake=left)
 
@@ -452,7 +456,9 @@ def stream(
 
     The answers are those of `model.infer`. Images are moved to the model's device and dtype. Segments
     run on torch, whatever runtime an engine has chosen: an image waits between them, and the memory of
-    a runtime's outputs is overwritten by its next call.
+    a runtime's outputs is overwritten by its next call. Kernels are launched one by one, also where an
+    engine would replay graphs. On a GPU the loader is asked while a run is under way, so answers may
+    come one of its batches later; take one CUDA stream for all calls.
 
     Args:
         model: in eval mode, or an `Engine` made of it.
