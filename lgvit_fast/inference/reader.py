@@ -1,7 +1,7 @@
 """Reading a loader: when asked, or ahead in a thread.
 
 An interrupt can come between any two bytecodes. So a source writes what the loader gives straight
-into a deque, the slot, that belongs to the caller: one call, in C from the question to the answer.
+into a deque, the inbox, that belongs to the caller: one call, in C from the question to the answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
-__all__ = ["DIED", "EXHAUSTED", "NOTHING", "PulledSource", "Slot", "ThreadedSource", "found"]
+__all__ = ["DIED", "EXHAUSTED", "NOTHING", "Inbox", "PulledSource", "ThreadedSource", "found"]
 
-Slot = deque[Any]  # (), (_ASKED,), (_ASKED, EXHAUSTED) or (_ASKED, item, EXHAUSTED)
+Inbox = deque[Any]  # (), (_ASKED,), (_ASKED, EXHAUSTED) or (_ASKED, item, EXHAUSTED)
 
 
 class _Mark(Enum):
@@ -30,11 +30,11 @@ NOTHING, DIED, EXHAUSTED = _Mark.NOTHING, _Mark.DIED, _Mark.EXHAUSTED
 _ASKED = _Mark.ASKED
 
 
-def found(slot: Slot) -> Any:
-    """What a slot holds: the loader's item, or `EXHAUSTED`, `DIED` or `NOTHING`."""
-    if not slot:
+def found(inbox: Inbox) -> Any:
+    """What an inbox holds: the loader's item, or `EXHAUSTED`, `DIED` or `NOTHING`."""
+    if not inbox:
         return NOTHING
-    return slot[1] if len(slot) > 1 else DIED
+    return inbox[1] if len(inbox) > 1 else DIED
 
 
 class PulledSource:
@@ -44,16 +44,16 @@ class PulledSource:
         self._loader = loader
         self._iterator: Iterator[Any] | None = None
 
-    def get(self, slot: Slot, timeout: float | None = None) -> None:
-        """Put the next item into an empty slot. Takes as long as the loader takes.
+    def get(self, inbox: Inbox, timeout: float | None = None) -> None:
+        """Put the next item into an empty inbox. Takes as long as the loader takes.
 
         Raises:
-            BaseException: whatever the loader raised. If `found(slot)` is `DIED` it was asked for an
+            BaseException: whatever the loader raised. If `found(inbox)` is `DIED` it was asked for an
                 item and cannot be asked again; otherwise the exception came before or after that.
         """
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        slot.extend(chain((_ASKED,), islice(self._iterator, 1), (EXHAUSTED,)))
+        inbox.extend(chain((_ASKED,), islice(self._iterator, 1), (EXHAUSTED,)))
 
     def close(self) -> None:
         """Let go of the loader."""
@@ -67,15 +67,15 @@ class ThreadedSource:
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self._requests: SimpleQueue[bool] = SimpleQueue()
-        self._items: SimpleQueue[Slot] = SimpleQueue()
+        self._items: SimpleQueue[Inbox] = SimpleQueue()
         self._errors: list[BaseException] = []
         queues = self._requests, self._items, self._errors
         self._thread = Thread(target=_read, args=(loader, *queues), daemon=True)
         self._thread.start()
         self._requests.put(True)
 
-    def get(self, slot: Slot, timeout: float | None = None) -> None:
-        """Put the next item into an empty slot, if one comes within `timeout` seconds.
+    def get(self, inbox: Inbox, timeout: float | None = None) -> None:
+        """Put the next item into an empty inbox, if one comes within `timeout` seconds.
 
         Raises:
             BaseException: as `PulledSource.get`.
@@ -86,10 +86,10 @@ class ThreadedSource:
         if not self._thread.is_alive() and self._items.empty():
             raise RuntimeError("the loader's reading thread is gone; a fork leaves it behind")
         try:
-            slot.extend(chain.from_iterable(map(self._items.get, (True,), (timeout,))))
+            inbox.extend(chain.from_iterable(map(self._items.get, (True,), (timeout,))))
         except Empty:
             return
-        if found(slot) is DIED:
+        if found(inbox) is DIED:
             raise self._errors[0]
 
     def close(self) -> None:
@@ -100,19 +100,19 @@ class ThreadedSource:
 def _read(
     loader: Iterable[Any],
     requests: SimpleQueue[bool],
-    items: SimpleQueue[Slot],
+    items: SimpleQueue[Inbox],
     errors: list[BaseException],
 ) -> None:
-    """Answer each request with a filled slot, until there are no more items or no more requests."""
+    """Answer each request with a filled inbox, until there are no more items or no more requests."""
     source = PulledSource(loader)
     while requests.get():
-        slot: Slot = deque()
+        inbox: Inbox = deque()
         try:
-            source.get(slot)
+            source.get(inbox)
         except BaseException as error:
             errors.append(error)
-            slot = deque([_ASKED])
-        items.put(slot)
-        item = found(slot)
+            inbox = deque([_ASKED])
+        items.put(inbox)
+        item = found(inbox)
         if item is DIED or item is EXHAUSTED:
             return

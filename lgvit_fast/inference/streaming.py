@@ -3,133 +3,110 @@
 A batch that loses its easy images at every exit grows small, and small batches are slow. A stream keeps
 a queue before every segment instead: an image that stays joins the queue of the next segment, one that
 leaves makes room for new images, and a segment runs when a full batch waits for it.
+
+On a GPU two runs are launched before the host waits for the first one's end: what stays there is read
+while the second runs. That wait, one a run, is left because the next batch is put together on the host;
+the device has work meanwhile. It has none behind it only where no other full batch is known of and no
+new images can be had, as at the end of the data.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from itertools import filterfalse, islice
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lgvit_fast.inference.answer import Answer
 from lgvit_fast.inference.engine import Engine
+from lgvit_fast.inference.items import split_item
 from lgvit_fast.inference.reader import (
     DIED,
     EXHAUSTED,
     NOTHING,
+    Inbox,
     PulledSource,
-    Slot,
     ThreadedSource,
     found,
 )
 from lgvit_fast.inference.report import Report, Tally
+from lgvit_fast.inference.slots import Run, Slots, answer_rows, mark
 from lgvit_fast.inference.turns import add_lock, take_turn
 from lgvit_fast.inference.untrained import warn_if_untrained
 from lgvit_fast.model import LGViT
-from lgvit_fast.outputs import TopK, top_classes
+from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
 from lgvit_fast.segments import Segment
 
 __all__ = ["Answer", "Stream", "stream"]
 
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Answer:
-    """One image's answer.
-
-    Attributes:
-        index: the image's place in the loader's order, from 0.
-        logits: `[K]`.
-        exit_index: 0 to E - 1, E for the final classifier.
-        exit_layer: the block after which it left, from 1.
-        nonfinite: as `Inference.nonfinite`.
-        target: what came with the image in the loader's batch, or None.
-        class_names: what the K classes are called, or None.
-    """
-
-    index: int
-    logits: Tensor
-    exit_index: int
-    exit_layer: int
-    nonfinite: bool
-    target: Any
-    class_names: Sequence[str] | None = None
-
-    @property
-    def prediction(self) -> int:
-        """The class with the largest logit."""
-        return int(self.logits.argmax())
-
-    @property
-    def confidence(self) -> float:
-        """The largest softmax probability."""
-        return float(torch.softmax(self.logits.float(), dim=-1).amax())
-
-    @property
-    def name(self) -> str:
-        """The name of the predicted class; its number where the model has no names."""
-        return (
-            str(self.prediction) if self.class_names is None else self.class_names[self.prediction]
-        )
-
-    def topk(self, k: int = 5) -> TopK:
-        """The k likeliest classes: probabilities `[k]` float32, descending, and classes `[k]` int64.
-
-        Raises:
-            ValueError: k is no positive integer.
-        """
-        return top_classes(self.logits, k)
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Answer:
-        """The same with its logits on another device or in another dtype."""
-        return dataclasses.replace(self, logits=self.logits.to(device=device, dtype=dtype))
-
-    def cpu(self) -> Answer:
-        """The same with its logits on the CPU."""
-        return self.to("cpu")
-
-    def __repr__(self) -> str:
-        flagged = ", nonfinite" if self.nonfinite else ""
-        return f"Answer(image {self.index}: {self.name!r} after block {self.exit_layer}{flagged})"
+_MOST_LAUNCHED = 2  # runs: the end of one is waited for while the other keeps the device busy
 
 
-class _Ticket(NamedTuple):
-    """An image on its way: what is known of it, and its row for the segment it waits for."""
+class _Image(NamedTuple):
+    """An image on its way: what the host knows of it."""
 
     number: int
     target: Any
     since: float
-    tokens: Tensor  # pixels before the first segment
-    state: Tensor
+    slot: int = -1  # where it is, once it is past the first segment
     nonfinite: bool = False
+
+
+class _Intake(NamedTuple):
+    """What has no room yet of the loader's last batch; there is at least one."""
+
+    waiting: list[_Image]
+    images: Tensor
+    state: Tensor
+
+    def part(self, start: int, stop: int | None) -> _Intake:
+        rows = slice(start, stop)
+        return _Intake(self.waiting[rows], self.images[rows], self.state[rows])
+
+
+class _Launched(NamedTuple):
+    """A run that was launched, and of what."""
+
+    run: Run
+    place: int
+    segment: Segment
+    batch: list[_Image]
+    forced: bool
 
 
 class _State(NamedTuple):
     """Where every image is. Replaced as a whole, so that an interrupt finds it before or after."""
 
-    slot: Slot  # what the loader gave and has not been taken in; a source fills it
-    intake: list[_Ticket]  # of the loader's last batch, what has no room yet
-    queues: list[list[_Ticket]]
+    inbox: Inbox  # what the loader gave and has not been taken in; a source fills it
+    queues: list[list[_Image]]
     held: dict[int, Answer]  # finished, but an earlier image is not
     ready: list[Answer]  # to be given, in this order
+    intake: _Intake | None = None
+    launched: tuple[_Launched, ...] = ()  # in no queue meanwhile; the first ends first
     given: int = 0  # how many of `ready` have been
     accepted: int = 0
     due: int = 0  # the image whose answer follows those in `ready`, if answers come in input order
-    image_size: tuple[int, int] = (0, 0)
     ended: bool = False  # the loader is asked no more
     failure: Exception | None = None  # raised when everything before it has been given
 
     @property
+    def waiting(self) -> list[int]:
+        """Images that have not passed each segment."""
+        counts = [len(queue) for queue in self.queues]
+        for launched in self.launched:
+            counts[launched.place] += len(launched.batch)
+        return counts
+
+    @property
     def on_their_way(self) -> int:
-        return len(self.intake) + sum(map(len, self.queues))
+        return len(self.intake.waiting if self.intake else ()) + sum(self.waiting)
 
 
 class Stream(Iterator[Answer]):
@@ -162,9 +139,12 @@ class Stream(Iterator[Answer]):
         self._lock: Any
         add_lock(self)
         self._source = PulledSource(loader) if max_wait is None else ThreadedSource(loader)
-        self._state = _State(deque(), [], [[] for _ in range(len(engine.exits) + 1)], {}, [])
+        self._state = _State(deque(), [[] for _ in range(len(engine.exits) + 1)], {}, [])
         self._dropped = [0] * (len(engine.exits) + 1)  # on their way when the stream was closed
+        self._slots = Slots(batch_size)
         self._running: tuple[Segment, ...] = ()
+        self._answers: list[Inference] = []  # for the runs to write to, in turns
+        self._copied: Any = None  # by now, what the loader gave last
         self._failures = 0  # in a row
         self._told = False
         self._tally = Tally((*engine.exits, engine.model.num_blocks))
@@ -172,11 +152,12 @@ class Stream(Iterator[Answer]):
     def __next__(self) -> Answer:
         answer = None
         try:
-            with take_turn(self, "the stream"), torch.inference_mode(False), torch.no_grad():
-                while self._state.given == len(self._state.ready):
-                    if not self._step():
-                        break
-                else:
+            with take_turn(self, "the stream"):
+                if not self._is_ready:
+                    with torch.inference_mode(False), torch.no_grad():
+                        while not self._is_ready and self._step():
+                            pass
+                if self._is_ready:
                     state = self._state
                     answer = state.ready[state.given]
                     self._state = state._replace(given=state.given + 1)
@@ -196,7 +177,7 @@ class Stream(Iterator[Answer]):
     def report(self) -> Report:
         """Occupancy so far: batches and images of each segment, runs below a full batch."""
         with take_turn(self, "the stream"):
-            waiting = zip(map(len, self._state.queues), self._dropped, strict=True)
+            waiting = zip(self._state.waiting, self._dropped, strict=True)
             return self._tally.report(tuple(map(sum, waiting)))
 
     def close(self) -> list[Answer]:
@@ -204,18 +185,10 @@ class Stream(Iterator[Answer]):
         with take_turn(self, "the stream"):
             self._source.close()
             state = self._state
-            self._dropped = [n + len(q) for n, q in zip(self._dropped, state.queues, strict=True)]
+            self._dropped = [n + w for n, w in zip(self._dropped, state.waiting, strict=True)]
             rest = [*state.ready[state.given :], *state.held.values()]
-            self._state = state._replace(
-                slot=deque(),
-                intake=[],
-                queues=[[] for _ in state.queues],
-                held={},
-                ready=[],
-                given=0,
-                ended=True,
-                failure=None,
-            )
+            nothing = _State(deque(), [[] for _ in state.queues], {}, [], ended=True)
+            self._state = nothing._replace(accepted=state.accepted)
             return sorted(rest, key=lambda answer: answer.index)
 
     def __enter__(self) -> Stream:
@@ -232,6 +205,11 @@ class Stream(Iterator[Answer]):
     def __del__(self) -> None:
         if hasattr(self, "_source"):
             self._source.close()
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether there is an answer to give."""
+        return self._state.given < len(self._state.ready)
 
     def _take_back(self, answer: Answer) -> None:
         """Keep an answer that an interrupt stopped on its way out, to be given first."""
@@ -261,62 +239,71 @@ class Stream(Iterator[Answer]):
             f" {type(error).__name__}: {error}"
         )
         failure.__cause__ = error
-        queues: list[list[_Ticket]] = [[] for _ in state.queues]
-        self._state = state._replace(intake=[], queues=queues, ended=True, failure=failure)
+        queues: list[list[_Image]] = [[] for _ in state.queues]
+        self._state = state._replace(
+            queues=queues, intake=None, launched=(), ended=True, failure=failure
+        )
 
     def _advance(self) -> bool:
-        """Run a segment or take in images; False when there is nothing left to do."""
+        """Launch a run, end one or take in images; False when there is nothing left to do."""
         state = self._state
+        launched = state.launched
+        if launched and (len(launched) == _MOST_LAUNCHED or launched[0].run.is_done):
+            self._collect()
+            return True
         for place in reversed(range(len(state.queues))):  # the deepest first: it makes room
             if len(state.queues[place]) >= self._batch_size:
-                self._run(place)
+                self._launch(place)
                 return True
-        patience = self._patience()
-        if patience is not None and patience <= 0:
-            self._run(self._oldest()[1], forced=True)
+        patience = 0.0 if launched else self._patience()
+        if patience is not None and patience <= 0 and not launched:
+            self._launch(self._oldest()[1], forced=True)
             return True
-        if not state.intake and not state.ended:
+        if state.intake is None and not state.ended:
             self._accept(patience)
             state = self._state
         waiting = [place for place, queue in enumerate(state.queues) if queue]
-        if state.intake:
-            _, height, width = state.intake[0].tokens.shape
-            if (height, width) == state.image_size or not waiting:
-                self._enqueue((height, width))
+        if state.intake is not None:
+            if self._slots.fits(state.intake.images) or not (waiting or launched):
+                self._enqueue(state.intake)
                 return True  # else those of another size go first
-        elif not state.ended:
+        elif not state.ended and not launched:
             return True  # nothing came in time
-        if waiting:  # the shallowest first, so that the deeper ones fill up
-            self._run(waiting[0], forced=True)
-        return bool(waiting)
+        if launched:
+            self._collect()
+        elif waiting:  # the shallowest first, so that the deeper ones fill up
+            self._launch(waiting[0], forced=True)
+        return bool(launched or waiting)
 
-    def _oldest(self) -> tuple[_Ticket, int]:
+    def _oldest(self) -> tuple[_Image, int]:
         """The image that came first of all that wait, and the place of its queue."""
-        tickets = ((t, place) for place, queue in enumerate(self._state.queues) for t in queue)
-        return min(tickets, key=lambda pair: pair[0].number)
+        images = ((i, place) for place, queue in enumerate(self._state.queues) for i in queue)
+        return min(images, key=lambda pair: pair[0].number)
 
     def _patience(self) -> float | None:
         """Seconds until an image has waited long enough; None without a limit in time."""
         if not any(self._state.queues):
             return None
-        ticket, _ = self._oldest()
-        if self._state.accepted - ticket.number > self._max_pending:
+        oldest, _ = self._oldest()
+        if self._state.accepted - oldest.number > self._max_pending:
             return 0.0
         if self._max_wait is None:
             return None
-        return ticket.since + self._max_wait - self._clock()
+        return oldest.since + self._max_wait - self._clock()
 
     def _accept(self, patience: float | None) -> None:
         """Take in a batch from the loader, if one comes in time."""
-        slot = self._state.slot
-        if not slot:
+        inbox = self._state.inbox
+        if not inbox:
+            if self._copied is not None:
+                self._copied.synchronize()  # it was long ago; the loader may use its memory again
             try:
-                self._source.get(slot, patience)
+                self._source.get(inbox, patience)
             except Exception as error:
-                if found(slot) is not DIED:
+                if found(inbox) is not DIED:
                     raise
                 return self._fail(error)
-        item = found(slot)
+        item = found(inbox)
         if item is NOTHING:
             return None
         if item is EXHAUSTED:
@@ -327,7 +314,7 @@ class Stream(Iterator[Answer]):
         try:
             return self._take_in(item)
         except Exception as error:
-            if self._state.slot is not slot:
+            if self._state.inbox is not inbox:
                 raise  # it came after the images were taken in
             try:
                 self._take_in(item)
@@ -340,70 +327,86 @@ class Stream(Iterator[Answer]):
         self._state = self._state._replace(ended=True, failure=failure)
 
     def _take_in(self, item: Any) -> None:
-        """Make tickets of a loader's batch."""
-        images, targets = _split(item)
+        """Make an intake of a loader's batch."""
+        images, targets = split_item(item)
         images = self._to_model(images)
+        self._copied = mark(images.device)
         self._engine.model.admit(images, self._policy)
         state = self._state
         first, last, now = state.accepted, state.accepted + len(images), self._clock()
-        starts = self._policy.part(first, last).start(len(images), images.device)
-        rows = zip(images.unbind(), starts.unbind(), strict=True)
-        intake = [_Ticket(first + i, targets[i], now, *row) for i, row in enumerate(rows)]
-        self._state = state._replace(slot=deque(), intake=intake, accepted=last)
+        intake = None
+        if len(images):
+            start = self._policy.part(first, last).start(len(images), images.device)
+            waiting = [_Image(first + i, targets[i], now) for i in range(len(images))]
+            intake = _Intake(waiting, images, start)
+        self._state = state._replace(inbox=deque(), intake=intake, accepted=last)
 
-    def _enqueue(self, image_size: tuple[int, int]) -> None:
+    def _enqueue(self, intake: _Intake) -> None:
         """Fill the first queue up to a batch, with copies: the loader may use its memory again."""
         state = self._state
         queue, *others = state.queues
         space = self._batch_size - len(queue)
-        images = torch.stack([ticket.tokens for ticket in state.intake[:space]]).unbind()
-        joined = [t._replace(tokens=image) for t, image in zip(state.intake, images, strict=False)]
-        queues, intake = [queue + joined, *others], state.intake[space:]
-        self._state = state._replace(queues=queues, intake=intake, image_size=image_size)
+        joining: _Intake = intake
+        left: _Intake | None = None
+        if len(intake.waiting) > space:
+            joining, left = intake.part(0, space), intake.part(space, None)
+        self._slots.enter(joining.images, joining.state, len(queue))
+        self._state = state._replace(queues=[queue + joining.waiting, *others], intake=left)
 
     def _to_model(self, images: Tensor) -> Tensor:
         parameter = next(self._engine.model.parameters())
         dtype = parameter.dtype if images.is_floating_point() else images.dtype
         return images.to(parameter.device, dtype, non_blocking=True)
 
-    def _run(self, place: int, forced: bool = False) -> None:
-        """Run a segment on what waits for it, at most a batch. Changes nothing if it fails."""
-        before = self._state
-        queue = before.queues[place]
-        batch, rest = queue[: self._batch_size], queue[self._batch_size :]
-        segment = self._segments(len(batch))[place]
-        tokens = torch.stack([ticket.tokens for ticket in batch])
-        state = torch.stack([ticket.state for ticket in batch])
-        tokens, step = segment(tokens, state, before.image_size, self._policy)
-        order = step.leave.byte().argsort(stable=True)  # those that stay, then those that leave
-        left, valid = torch.stack((step.leave, step.valid)).tolist()  # the one wait
+    def _launch(self, place: int, forced: bool = False) -> None:
+        """Launch a run on what waits for a segment, at most a batch. Changes nothing if it fails."""
+        state = self._state
+        queue = state.queues[place]
+        batch = queue[: self._batch_size]
+        segments = self._engine.segments_for(len(batch))
+        if segments is not self._running:
+            if state.launched:
+                self._collect()  # who leaves there is not on the way any more
+                return
+            self._take_up(segments)
+        slots = [image.slot for image in batch]
+        run = self._slots.launch(place, segments[place], slots, self._policy, self._answer())
+        launched = _Launched(run, place, segments[place], batch, forced)
+        queues = list(state.queues)
+        queues[place] = queue[self._batch_size :]
+        self._state = state._replace(queues=queues, launched=(*state.launched, launched))
+        if run.is_done:  # and so are those before it
+            self._collect()
 
-        batch = [
-            ticket._replace(nonfinite=ticket.nonfinite or not fine)
-            for ticket, fine in zip(batch, valid, strict=True)
-        ]
-        gone = [i for i, leaves in enumerate(left) if leaves]
-        stay = [i for i, leaves in enumerate(left) if not leaves]
-        logits = step.logits[order[len(stay) :]]
-        leavers = zip([batch[i] for i in gone], logits.unbind(), strict=True)
+    def _collect(self) -> None:
+        """End the run that was launched first; waits for it. Changes nothing if it fails."""
+        state = self._state
+        (run, place, segment, batch, forced), *others = state.launched
+        stay, flags = run.outcome()
+        if any(flags):
+            marked = zip(batch, flags, strict=True)
+            batch = [image._replace(nonfinite=True) if flag else image for image, flag in marked]
+        gone = sorted(set(range(len(batch))).difference(stay))
+        free = self._free_slots(len(stay))
+        logits = self._slots.store(run, place + 1, free, gone)
         names = self._engine.model.class_names
         answers = [
-            Answer(t.number, row, segment.index, segment.stop, t.nonfinite, t.target, names)
-            for t, row in leavers
+            Answer(i.number, own, segment.index, segment.stop, i.nonfinite, i.target, names)
+            for i, own in zip([batch[row] for row in gone], logits, strict=True)
         ]
-        on = order[: len(stay)]
-        survivors = zip(tokens[on].unbind(), state[on].unbind(), strict=True)
-        joined = [
-            batch[i]._replace(tokens=row, state=kept)
-            for i, (row, kept) in zip(stay, survivors, strict=True)
-        ]
-        queues = list(before.queues)
-        queues[place] = rest
-        if joined:
-            queues[place + 1] = queues[place + 1] + joined
-        self._state = self._finish(before, answers)._replace(queues=queues)
+        queues = list(state.queues)
+        if stay:
+            joining = zip([batch[row] for row in stay], free, strict=True)
+            queues[place + 1] = queues[place + 1] + [i._replace(slot=slot) for i, slot in joining]
+        finished = self._finish(state, answers)
+        self._state = finished._replace(queues=queues, launched=tuple(others))
         self._tally.add(place, len(batch))
         self._tally.forced += forced
+
+    def _free_slots(self, count: int) -> list[int]:
+        """The lowest slots in which no image waits."""
+        used = {image.slot for queue in self._state.queues[1:] for image in queue}
+        return list(islice(filterfalse(used.__contains__, itertools.count()), count))
 
     def _finish(self, state: _State, answers: list[Answer]) -> _State:
         """The state with these answers finished, those ready that may be given."""
@@ -417,16 +420,26 @@ class Stream(Iterator[Answer]):
                 due += 1
         return state._replace(ready=ready, given=0, held=held, due=due)
 
-    def _segments(self, images: int) -> tuple[Segment, ...]:
-        segments = self._engine.segments_for(images)
-        if segments is not self._running:
-            on_their_way = sum(map(len, self._state.queues[1:]))
-            if on_their_way:
-                raise RuntimeError(
-                    f"the model changed while {on_their_way} images were on their way through it"
-                )
-            self._running = segments
-        return segments
+    def _take_up(self, segments: tuple[Segment, ...]) -> None:
+        """Run these segments from now on. There is no run."""
+        on_their_way = sum(map(len, self._state.queues[1:]))
+        if on_their_way:
+            raise RuntimeError(
+                f"the model changed while {on_their_way} images were on their way through it"
+            )
+        self._answers = []
+        self._running = segments
+
+    def _answer(self) -> Inference:
+        """One of the answers that no run is writing to."""
+        in_use = [id(launched.run.answer) for launched in self._state.launched]
+        free = [answer for answer in self._answers if id(answer) not in in_use]
+        if not free:
+            model = self._engine.model
+            device = next(model.parameters()).device
+            free = [model.blank(answer_rows(self._batch_size), device)]
+            self._answers += free
+        return free[0]
 
 
 def stream(
@@ -443,7 +456,9 @@ def stream(
 
     The answers are those of `model.infer`. Images are moved to the model's device and dtype. Segments
     run on torch, whatever runtime an engine has chosen: an image waits between them, and the memory of
-    a runtime's outputs is overwritten by its next call.
+    a runtime's outputs is overwritten by its next call. Kernels are launched one by one, also where an
+    engine would replay graphs. On a GPU the loader is asked while a run is under way, so answers may
+    come one of its batches later; take one CUDA stream for all calls.
 
     Args:
         model: in eval mode, or an `Engine` made of it.
@@ -479,61 +494,3 @@ def stream(
         chosen = engine.model.fitting(engine.for_all_exits(policy))
     warn_if_untrained(engine.model, chosen)
     return Stream(engine, loader, batch_size, order, chosen, max_wait, max_pending)
-
-
-_IMAGE_KEYS = ("image", "images", "pixel_values")
-_TARGET_KEYS = ("label", "labels", "target", "targets")
-
-
-def _split(item: Any) -> tuple[Tensor, Any]:
-    """A loader's item as images, and what can be indexed for each one's target.
-
-    Raises:
-        ValueError: it is none of what `stream` takes.
-    """
-    if isinstance(item, Mapping):
-        images, rest = _named(item)
-    elif isinstance(item, tuple | list) and item:
-        images, *rest = item
-    else:
-        images, rest = item, []
-    if not isinstance(images, Tensor) or not images.dim():
-        raise ValueError(
-            f"the loader gave {_kind(item)}, expected images [B, channels, height, width] as a tensor,"
-            " a tuple that begins with them, or a dict with them under one of "
-            + ", ".join(map(repr, _IMAGE_KEYS))
-        )
-    sizes = [len(part) if hasattr(part, "__len__") else _kind(part) for part in rest]
-    if any(size != len(images) for size in sizes):
-        raise ValueError(f"{len(images)} images came with {sizes} targets")
-    if not rest:
-        return images, _Nothing()
-    return images, rest[0] if len(rest) == 1 else list(zip(*rest, strict=True))
-
-
-def _named(batch: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
-    """Images and targets of a dict."""
-    unknown = [key for key in batch if key not in _IMAGE_KEYS + _TARGET_KEYS]
-    images = [batch[key] for key in _IMAGE_KEYS if key in batch]
-    targets = [batch[key] for key in _TARGET_KEYS if key in batch]
-    if unknown or len(images) != 1 or len(targets) > 1:
-        raise ValueError(
-            f"the loader gave a dict with the keys {list(batch)}, expected one of"
-            f" {', '.join(map(repr, _IMAGE_KEYS))}, at most one of"
-            f" {', '.join(map(repr, _TARGET_KEYS))}, and no others"
-        )
-    return images[0], targets
-
-
-def _kind(item: Any) -> str:
-    """What an item is, in a few words."""
-    if isinstance(item, tuple | list):
-        return f"{type(item).__name__} of {', '.join(map(_kind, item[:3])) or 'nothing'}"
-    return "None" if item is None else type(item).__name__
-
-
-class _Nothing:
-    """The targets of images that have none."""
-
-    def __getitem__(self, index: int) -> None:
-        return None

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from lgvit_fast.inference import reader, streaming, turns
+from lgvit_fast.inference import reader, slots, streaming, turns
 from lgvit_fast.inference.streaming import Stream
 from lgvit_fast.ops.exit_step import ExitStep
+from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
 
-FILES = {module.__file__ for module in (streaming, reader, turns)}
+FILES = {module.__file__ for module in (streaming, slots, reader, turns)}
 NUM_EXITS = 2
 
 
@@ -60,7 +61,10 @@ class Outcome:
 
 
 class Segment:
-    """A segment whose images carry their number; image i leaves at exit i mod 3."""
+    """A segment whose images carry their number; image i leaves at exit i mod 3.
+
+    An image's state counts the segments it has passed.
+    """
 
     def __init__(self, index: int) -> None:
         self.index, self.start, self.stop = index, index, index + 1
@@ -73,8 +77,9 @@ class Segment:
     def __call__(self, tokens: Any, state: Any, grid: Any, rule: None) -> Any:
         numbers = tokens.flatten(1)[:, 0]
         leave = (numbers % 3 == self.index) | self.is_last
-        logits = torch.stack([numbers, torch.full_like(numbers, self.index)], dim=1)
-        return tokens, ExitStep(logits, leave, torch.ones_like(leave))
+        logits = torch.stack([numbers, state[:, 0].to(numbers)], dim=1)
+        state[:, 0] += 1
+        return tokens.clone(), ExitStep(logits, leave, torch.ones_like(leave))
 
 
 def fake_engine() -> Any:
@@ -84,6 +89,7 @@ def fake_engine() -> Any:
         class_names=None,
         parameters=lambda: iter([torch.zeros(1)]),
         admit=lambda images, policy: policy,
+        blank=lambda rows, device: Inference.blank(rows, 2, torch.float32, device),
     )
     segments = tuple(Segment(index) for index in range(NUM_EXITS + 1))
     return SimpleNamespace(exits=(1, 2), model=model, segments_for=lambda images: segments)
