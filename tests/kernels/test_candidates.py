@@ -1,14 +1,17 @@
-"""Every candidate that tuning may pick, and every tile of an exit step, against the reference.
+"""Every candidate that tuning may pick, and every tile that a launcher picks, against the reference.
 
 Sizes are no multiples of a tile: less than one, or one and a part of the next. `tests/fuzz` runs more.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
-from lgvit_fast.kernels import common, exit_step
+from lgvit_fast.kernels import attention, common, exit_step
 from lgvit_fast.kernels.tuning import INTERPRETED
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind, exit_step_reference
+from tests.kernels import test_attention
 from tests.kernels import test_exit_step as steps
 from tests.kernels.candidates import TUNED, Case, Draw, cases
 
@@ -53,3 +56,21 @@ def test_every_tile_of_an_exit_step(tile, size, split, monkeypatch) -> None:
     expected = exit_step_reference(**exact, rule=rule, state=steps.fresh(3)).logits
     assert (step.logits - expected).norm() <= steps.ERROR[dtype] * expected.norm()
     assert step.prediction.tolist() == step.logits.argmax(1).tolist() and step.leave.all()
+
+
+def attention_tiles() -> dict[tuple[int, ...], tuple[int, int, torch.dtype]]:
+    """For each pair of tiles, forward and backward, the least tokens and channels that have it."""
+    found: dict[tuple[int, ...], tuple[int, int, torch.dtype]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for count, width in product((3, 17, 33, 65), (3, 17, 33, 65)):
+            qkv = torch.empty(1, count, 3 * width, dtype=dtype, device="meta")
+            shapes = [attention._launch(qkv, 1, use)[1] for use in ("forward", "backward")]
+            tile = tuple(int(shape[name] or 0) for shape in shapes for name in ("BLOCK", "BLOCK_D"))
+            found.setdefault(tile, (count, width, dtype))
+    return found
+
+
+@pytest.mark.parametrize(("tile", "size"), attention_tiles().items(), ids=str)
+def test_every_tile_of_attention(tile: tuple[int, ...], size: tuple[int, int, torch.dtype]) -> None:
+    count, width, dtype = size
+    test_attention.check(test_attention.make(1, count, 3 * width, dtype=dtype), 1)
