@@ -152,11 +152,11 @@ def of_arrivals(products: float, parts: int, tiles: int, steps: int, warps: int)
         counts = [i for i, found in enumerate(code.instructions) if found.named("ATOMG")]
         loads = [i for i, found in enumerate(code.instructions) if found.named("LDGSTS")]
         name = "HMMA" if code.count("HMMA") else "FFMA"
-        if len(counts) != (2 if parts > 1 else 1) or not loads:
+        before = [i for i in range(counts[0] if counts else 0) if code.instructions[i].named(name)]
+        if len(counts) != (2 if parts > 1 else 1) or not loads or not before:
             return None
-        before = [i for i in range(counts[0]) if code.instructions[i].named(name)]
         walk = range(min(loads), max(before) + 1)
-        loops = [loop for loop in code.loops if loop.first in walk]
+        loops = [loop for loop in code.loops if loop.first in walk and code.count(name, loop)]
         each = sum(code.count(name, loop) for loop in loops) / max(1, len(loops))
         unrolled = sum(i in walk for i in before) - each * len(loops)
         times = (steps - unrolled / each) / len(loops) if loops else 0
