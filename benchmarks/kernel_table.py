@@ -260,7 +260,10 @@ def source(
 
 
 def rate(launch: Launch, candidate: dict[str, Any]) -> sass.Rate:
-    """How to read the instructions an element: of a product's tile, of a walk's loads, of scores."""
+    """How to read the instructions an element: of a product's tile, of a walk's loads, of scores.
+
+    Of an exit step an element is the product of a vector of C channels with a class's weights.
+    """
     name, a = jit(launch.kernel).__name__.removesuffix("_kernel"), launch.arguments | candidate
     warps, first = a.get("num_warps", 4), next(v for v in a.values() if isinstance(v, Tensor))
     if name.endswith("project"):
@@ -273,6 +276,11 @@ def rate(launch: Launch, candidate: dict[str, Any]) -> sass.Rate:
         return sass.by_elements(tile * tile / (32 * warps))
     if name == "lph_sum_pool":
         return sass.by_loads(1, a["x"].itemsize)
+    if name == "exit_step":
+        vectors, steps = a["M"] + a["T"], triton.cdiv(a["C"], a["BLOCK_C"])
+        parts, walks = (vectors, 2) if a["SPLIT"] else (1, vectors)
+        products = a["BLOCK_B"] * a["K"] * vectors
+        return sass.of_arrivals(products, parts, a["tiles"], walks * steps, warps)
     return lambda code: None
 
 

@@ -133,6 +133,43 @@ def of_product(m: int, n: int, k: int, warps: int) -> Rate:
     return rate
 
 
+def of_arrivals(products: float, parts: int, tiles: int, steps: int, warps: int) -> Rate:
+    """Of a kernel whose programs make parts of tiles, and count themselves in when they are done.
+
+    All walk over their part. One of `parts` goes on to its tile, after the first count where there are
+    two, and one of `tiles` to what all tiles need, after the last.
+
+    Args:
+        products: elements of all tiles' parts together.
+        parts: 1 where a program walks over all of a tile.
+        tiles: which are merged one after another at the end.
+        steps: of the walks in the code, together. Where programs make parts the code has two walks, of
+            which a program takes one: half of both is counted.
+        warps: of a program.
+    """
+
+    def rate(code: Code) -> float | None:
+        counts = [i for i, found in enumerate(code.instructions) if found.named("ATOMG")]
+        loads = [i for i, found in enumerate(code.instructions) if found.named("LDGSTS")]
+        name = "HMMA" if code.count("HMMA") else "FFMA"
+        before = [i for i in range(counts[0] if counts else 0) if code.instructions[i].named(name)]
+        if len(counts) != (2 if parts > 1 else 1) or not loads or not before:
+            return None
+        walk = range(min(loads), max(before) + 1)
+        loops = [loop for loop in code.loops if loop.first in walk and code.count(name, loop)]
+        each = sum(code.count(name, loop) for loop in loops) / max(1, len(loops))
+        unrolled = sum(i in walk for i in before) - each * len(loops)
+        times = (steps - unrolled / each) / len(loops) if loops else 0
+        walked = len(walk) + sum((times - 1) * len(code.within(loop)) for loop in loops)
+        first = counts[0] - len(walk) + walked / (2 if parts > 1 else 1)
+        tile = counts[-1] - counts[0]
+        merged = sum(len(code.within(loop)) for loop in code.loops if loop.first > counts[-1])
+        end = len(code.instructions) - counts[-1] + (tiles - 1) * merged
+        return (tiles * (parts * first + tile) + end) * 32 * warps / products
+
+    return rate
+
+
 def _needed(code: Code, m: int, n: int, k: int, warps: int) -> dict[str, float]:
     """How many product instructions a warp must issue, by name; the first that the code has counts."""
     wide = next((i.opcode for i in code.instructions if i.named("HGMMA")), None)

@@ -181,6 +181,16 @@ def check_tokens(tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens:
     )
 
 
+def within_reach(tokens: Tensor) -> Tensor:
+    """Tokens `[B, n, C]`; a copy where some number of an image lies 2^31 or more beyond its first.
+
+    Kernels count in 32 bits within an image. A whole batch may be transposed so that it spans more.
+    """
+    _, *sizes = tokens.shape
+    far = sum((n - 1) * stride for n, stride in zip(sizes, tokens.stride()[1:], strict=True))
+    return tokens.contiguous() if far >= 2**31 else tokens
+
+
 def check_device(name: str, tensor: Tensor) -> None:
     """Check that kernels can run where `tensor` is, and that its storage holds it."""
     check_memory(name, tensor)

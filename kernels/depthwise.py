@@ -26,6 +26,9 @@ from lgvit_fast.kernels.tuning import autotune, size_class
 __all__ = ["CONFIGS", "depthwise_gelu", "depthwise_gelu_backward", "load_row", "load_taps"]
 
 
+SPLIT_CHANNELS = 512 * 64  # of gradients of taps that are summed side by side: 512 programs of 64
+
+
 @triton.jit
 def load_taps(taps, c, mask):
     """The nine taps of BLOCK_C channels from a contiguous [C, 9], each [1, BLOCK_C] float32."""
@@ -225,7 +228,7 @@ def depthwise_gelu_backward(
     inner, out = torch.empty_like(u), torch.empty_like(u)
     _convolve(u, patch_grid, taps, bias, gradient.contiguous(), inner, "inner")
     _convolve(inner, patch_grid, taps.flip(1), bias, inner, out, "plain")
-    splits = max(1, min(batch, 512 * 64 // max(width, 1)))
+    splits = max(1, min(batch, SPLIT_CHANNELS // max(width, 1)))
     sums = u.new_empty((splits, 10, width), dtype=torch.float32)
     if u.numel():
         with on_device(u):

@@ -16,6 +16,7 @@ from lgvit_fast.kernels.common import (
     dot,
     on_device,
     require,
+    within_reach,
 )
 
 __all__ = ["Step", "exit_step"]
@@ -311,6 +312,7 @@ def exit_step(
         kind < 3 or 0 < patience < 2**31, f"rule has patience {patience}, expected 1 to 2^31 - 1"
     )
 
+    tokens = within_reach(tokens[:, :num_class_tokens])
     logits = pooled.new_empty((batch, classes), dtype=weight.dtype)
     kinds = (torch.bool, torch.bool, torch.float32, torch.float32, torch.int32)
     leave, valid, confidence, entropy, prediction = (
@@ -319,12 +321,7 @@ def exit_step(
     step = Step(logits, leave, valid, confidence, entropy, prediction)
     if batch == 0:
         return step
-    # Small tiles spread a few classes over many multiprocessors; large ones read the images less.
-    block_k = min(128, max(16, triton.next_power_of_2(triton.cdiv(classes, 16))))
-    # The walk over the channels is bound by latency: few steps, deep as 96 KiB for three stages allow.
-    # Float32 products are unrolled over a step.
-    deep = 32 if weight.dtype == torch.float32 else min(256, 8192 // block_k)
-    block_c = max(16, min(deep, triton.next_power_of_2(width)))
+    block_k, block_c = tile_of(classes, width, weight.dtype)
     tiles = triton.cdiv(classes, block_k)
     blocks = triton.cdiv(batch, 16)
     parts = vectors + num_class_tokens if blocks * tiles < FEW_PROGRAMS else 1
@@ -341,6 +338,18 @@ def exit_step(
             num_warps=4 if block_k == 16 else 8, num_stages=3, maxnreg=255,
         )  # fmt: skip
     return step
+
+
+def tile_of(classes: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """BLOCK_K and BLOCK_C.
+
+    Small tiles spread a few classes over many multiprocessors; large ones read the images less. The
+    walk over the channels is bound by latency: few steps, deep as 96 KiB for three stages allow.
+    Float32 products are unrolled over a step.
+    """
+    block_k = min(128, max(16, triton.next_power_of_2(triton.cdiv(classes, 16))))
+    deep = 32 if dtype == torch.float32 else min(256, 8192 // block_k)
+    return block_k, max(16, min(deep, triton.next_power_of_2(width)))
 
 
 def arrivals(count: int, like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lgvit_fast.kernels.common import (
     projection_fits,
     projection_rows,
     require,
+    within_reach,
 )
 from lgvit_fast.kernels.tuning import Device, autotune, size_class
 
@@ -283,7 +284,7 @@ def gah_pool(
     rows = batch * count
     qk = tokens.new_empty((batch, count, 2 * width))
     column, lse = tokens.new_empty((2, batch, num_heads, count), dtype=torch.float32)
-    patches = tokens[:, num_prefix_tokens:]
+    patches = within_reach(tokens[:, num_prefix_tokens:])
     average = pool == "average" and stride > 1
     block_m = projection_rows(rows, 2 * width)
     block_q = min(64, max(16, triton.next_power_of_2(count)))

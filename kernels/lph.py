@@ -21,6 +21,7 @@ from lgvit_fast.kernels.common import (
     projection_fits,
     projection_rows,
     require,
+    within_reach,
 )
 from lgvit_fast.kernels.depthwise import CONFIGS, load_row, load_taps
 from lgvit_fast.kernels.tuning import autotune, size_class
@@ -252,7 +253,7 @@ def lph_pool(
         scratch = tokens.new_empty((tiles, segments, width), dtype=torch.float32)
     if pooled.numel() == 0:
         return pooled
-    patches = tokens[:, num_prefix_tokens:]
+    patches = within_reach(tokens[:, num_prefix_tokens:])
 
     def projection_grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, block_m) * triton.cdiv(width, meta["BLOCK_N"]),)

@@ -326,7 +326,9 @@ class Replay(Policy):
         """State: the scripted exit of each image."""
         if batch != self.exit_index.size:
             raise ValueError(f"Replay scripts {self.exit_index.size} images, the batch has {batch}")
-        return np.repeat(self.exit_index[:, None], 2, axis=1)
+        state = np.empty((batch, 2), np.int32)
+        state[:] = self.exit_index[:, None]
+        return state
 
     def part(self, start: int, stop: int) -> Replay:
         """The script of images `start` to `stop - 1`."""

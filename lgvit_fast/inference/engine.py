@@ -170,7 +170,7 @@ class Engine:
             torch.no_grad(),
         ):
             graphs = self._ready(images)
-            if len(images) <= self.max_batch:
+            if images.shape[0] <= self.max_batch:
                 return self._run(graphs, images, policy, 0, key)
             parts = images.split(self.max_batch)
             starts = range(0, len(images), self.max_batch)
@@ -351,9 +351,10 @@ class Engine:
         key: Hashable = None,
     ) -> Inference:
         """Answer what is one part of a batch, from image `start` on; `key` is of its runner."""
-        if not len(images):
+        batch = images.shape[0]  # in a fifth of the time of `len`
+        if not batch:
             return self._blank(0, images.device)
-        policy = policy.part(start, start + len(images))
+        policy = policy.part(start, start + batch)
         if graphs:
             return self._run_graphs(graphs, images, policy)
         if self._graphs:
@@ -375,7 +376,7 @@ class Engine:
         """
         if not self._runners or self.model.training or not isinstance(images, Tensor):
             return None
-        if images.dim() != 4 or not 0 < len(images) <= self.max_batch:
+        if images.dim() != 4 or not 0 < images.shape[0] <= self.max_batch:
             return None
         value = _value_key(policy or self.model.policy)
         key = (_kind(images), value)
@@ -390,10 +391,11 @@ class Engine:
 
         To look takes longer than to launch. What was computed of other weights is dropped.
         """
-        share, changed = min(1.0, len(images) / _LOOK_IMAGES), False
+        changed = False
 
         def unchanged() -> bool:
             nonlocal changed
+            share = min(1.0, len(images) / _LOOK_IMAGES)
             changed = self._watch is None or self._watch.changed(share)
             return not changed and self._folds_are_those()
 

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ from torch import Tensor
 from lgvit_fast.inference.report import Tally
 from lgvit_fast.ops.end_exit import Counts, end_exit_
 from lgvit_fast.outputs import Inference
-from lgvit_fast.policies import Learned, Policy
+from lgvit_fast.policies import Learned, Policy, Replay
 from lgvit_fast.segments import Segment
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "BucketRunner",
@@ -158,15 +162,19 @@ class _Ledger:
         own.of(self._host).copy_(places)
         self._first_state = policy.of(self._host)
         self._first_state.copy_(state)
-        self._count = entering.of(self._host)[:1]
+        # The same memory to NumPy, which writes a few numbers in a tenth of torch's time.
+        self._count = entering.of(self._host).numpy()
+        self._script = self._first_state.numpy() if state.dtype == torch.int32 else None
 
-    def begin(self, batch: int, state: Tensor | None) -> None:
-        """Take in a batch. Its policy's state `[B, ...]`, on any device; None: as it was made with."""
+    def begin(self, batch: int, state: Tensor | NDArray[np.int32] | None) -> None:
+        """Take in a batch. Its policy's state `[B, ...]`; None: as it was made with."""
         if self._read is not None:
             self._read.synchronize()  # it was long ago
-        self._count.fill_(batch)
-        if state is not None:
+        self._count[0] = batch
+        if isinstance(state, Tensor):
             self._first_state[:batch].copy_(state)
+        elif state is not None and self._script is not None:
+            self._script[:batch] = state
         self._front.copy_(self._host, non_blocking=True)
         if self._read is not None:
             self._read.record(torch.cuda.current_stream(self.memory.device))
@@ -217,8 +225,7 @@ class BucketRunner:
         self._segments, self._policy, self._program = segments, policy, program
         self._buckets, self._capture, self._speculate = tuple(buckets), capture, speculate
         self._image_size = (sample.shape[2], sample.shape[3])
-        # A user's own policy may start each image otherwise.
-        self._starts_alike = type(policy).start in (Policy.start, Learned.start)
+        self._start = _start_of(policy)
         state = policy.part(0, 1).start(1, device)
         self.images = sample.new_zeros(rows, *sample.shape[1:])
         self.tokens = self._buffers(sample, state.clone())
@@ -255,13 +262,12 @@ class BucketRunner:
             unchanged: asked once, when the first segment was launched: whether that was right. If not
                 the batch is dropped, and the result is None.
         """
-        batch = len(images)
+        batch = images.shape[0]
         if self._done is not None:  # an earlier run on another stream may still use the buffers
             torch.cuda.current_stream(images.device).wait_event(self._done)
         try:
             self.images.narrow(0, 0, batch).copy_(images)
-            host = torch.device("cpu")
-            self.ledger.begin(batch, None if self._starts_alike else policy.start(batch, host))
+            self.ledger.begin(batch, self._start(policy, batch))
             known = arrived = batch  # what the host knows of, and what really entered a segment
             for place, segment in enumerate(self._segments):
                 bucket = self._bucket(known)
@@ -365,7 +371,9 @@ class BucketRunner:
         ledger, tokens = self.ledger, self.tokens[place][:bucket]
         state, rows = ledger.state[:bucket], ledger.rows[:bucket]
         into = None if segment.is_last else self.tokens[place + 1]
-        told = self.counts[place : place + 1] if self._side is not None else None
+        # Nobody waits for the last one: it must not write to the host when the host has gone on.
+        waited_for = self._side is not None and not segment.is_last
+        told = self.counts[place : place + 1] if waited_for else None
         counts = Counts(
             entering=ledger.entering[place : place + 1],
             survivors=ledger.entering[place + 1 : place + 2],
@@ -402,6 +410,17 @@ class BucketRunner:
         if event is not None:
             event.synchronize()
         return int(self.counts[place])
+
+
+def _start_of(policy: Policy) -> Callable[[Policy, int], Tensor | NDArray[np.int32] | None]:
+    """How a batch's first state is made under policies like this one; None where all start alike."""
+    start = type(policy).start
+    if start in (Policy.start, Learned.start):
+        return lambda policy, batch: None
+    if start is Replay.start:
+        return lambda policy, batch: policy.start_array(batch)
+    host = torch.device("cpu")  # a user's own may start each image otherwise
+    return lambda policy, batch: policy.start(batch, host)
 
 
 @contextmanager

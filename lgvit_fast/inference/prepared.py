@@ -51,8 +51,10 @@ def compiled_segment(
 ) -> Callable[[Tensor], tuple[Tensor, Any]]:
     """`segment.advance` as one compiled graph, for tokens of the shape that it is first called with.
 
-    So what is between two products of matrices becomes one kernel, across blocks too.
+    So what is between two products of matrices becomes one kernel, across blocks too. The first call
+    runs the segment uncompiled before: then heads measure their backends, which no compiled graph does.
     """
+    measured = False
 
     def advance(tokens: Tensor) -> tuple[Tensor, Any]:
         return segment.advance(tokens, image_size)
@@ -62,7 +64,15 @@ def compiled_segment(
     own = FunctionType(code, advance.__globals__, closure=advance.__closure__)
     compiled: Callable[[Tensor], tuple[Tensor, Any]]
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
-    return compiled
+
+    def run(tokens: Tensor) -> tuple[Tensor, Any]:
+        nonlocal measured
+        if not measured:
+            segment.advance(tokens, image_size)
+            measured = True
+        return compiled(tokens)
+
+    return run
 
 
 def pack_(model: LGViT) -> LGViT:

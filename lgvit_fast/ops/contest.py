@@ -57,7 +57,8 @@ def must_not_measure() -> bool:
 class Contest:
     """Picks the fastest backend by measuring all of them on the first call of a kind.
 
-    While a CUDA graph is captured nothing is measured; the first is taken where none has won.
+    While a CUDA graph is captured nothing is measured; the first is taken where none has won. Nor is it
+    inside a graph of `torch.compile`, which takes what was measured before (`Op.measured`).
 
     Args:
         op: the op's name in the log.
@@ -69,23 +70,33 @@ class Contest:
         self._op, self._kind = op, kind
         self._winners: dict[Hashable, int] = {}
 
+    def known(
+        self, runs: Sequence[tuple[str, Callable[..., Any]]], *args: Any, **kwargs: Any
+    ) -> int | None:
+        """What `winner` would say without measuring; None where it would have to measure."""
+        kind = self._kind(*args, **kwargs)
+        return 0 if kind is None else self._winners.get(_key(kind, runs, args[0]))
+
     def winner(
         self, runs: Sequence[tuple[str, Callable[..., Any]]], *args: Any, **kwargs: Any
     ) -> int:
         """The place in `runs`, names and calls, of the one to take for these arguments."""
-        kind = self._kind(*args, **kwargs)
-        if kind is None:
-            return 0
+        known = self.known(runs, *args, **kwargs)
+        if known is not None:
+            return known
         tokens: Tensor = args[0]
-        key = (tokens.device, kind, *(name for name, _ in runs))
-        if key not in self._winners:
-            with torch.cuda.device(tokens.device):
-                if must_not_measure():
-                    return 0
-                times = gpu_times([partial(run, *args, **kwargs) for _, run in runs])
-            self._winners[key] = times.index(min(times))
-            told = ", ".join(
-                f"{name} {1000 * time:.0f} us" for (name, _), time in zip(runs, times, strict=True)
-            )
-            _logger.info("%s on %s, %s: %s", self._op, tokens.device, kind, told)
-        return self._winners[key]
+        with torch.cuda.device(tokens.device):
+            if must_not_measure():
+                return 0
+            times = gpu_times([partial(run, *args, **kwargs) for _, run in runs])
+        kind, fastest = self._kind(*args, **kwargs), times.index(min(times))
+        self._winners[_key(kind, runs, tokens)] = fastest
+        told = ", ".join(
+            f"{name} {1000 * time:.0f} us" for (name, _), time in zip(runs, times, strict=True)
+        )
+        _logger.info("%s on %s, %s: %s", self._op, tokens.device, kind, told)
+        return fastest
+
+
+def _key(kind: Hashable, runs: Sequence[tuple[str, Any]], tokens: Tensor) -> Hashable:
+    return (tokens.device, kind, *(name for name, _ in runs))

@@ -69,18 +69,24 @@ class Op(Generic[Result]):
         name: The op's name in messages and reports.
         backends: In order of preference, the torch reference last. Each takes the same arguments,
             the first of which is a tensor on the device where the work is done.
-        contest: Picks among those before the reference that do not refuse; None takes the first. A call
-            that is being compiled takes the first, too.
+        contest: Picks among those before the reference that do not refuse; None takes the first.
+        compiled: Takes a call that is being compiled in place of the contest, which cannot be held
+            there: one node of the compiled graph, which asks `measured` when it runs. None takes the
+            first that does not refuse.
     """
 
     def __init__(
-        self, name: str, *backends: Backend[Result], contest: Contest | None = None
+        self,
+        name: str,
+        *backends: Backend[Result],
+        contest: Contest | None = None,
+        compiled: Backend[Result] | None = None,
     ) -> None:
         if not backends or backends[-1].name != "torch":
             raise ValueError(f"the last backend of op {name!r} must be the torch reference")
         self.name = name
         self.backends = backends
-        self._contest = contest
+        self._contest, self._compiled = contest, compiled
         _registry[name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Result:
@@ -118,15 +124,24 @@ class Op(Generic[Result]):
         for candidate in self.backends[:-1]:
             reason = candidate.missing(args[0].device) or candidate.refuse(*args, **kwargs)
             if reason is None:
-                if self._contest is None or compiling:
+                if self._contest is None or (compiling and self._compiled is None):
                     return candidate
                 willing.append(candidate)
             elif not compiling:
                 _log_once(self.name, candidate.name, reason)
         if self._contest is None or len(willing) < 2:
             return (*willing, self.backends[-1])[0]
-        runs = [(candidate.name, candidate.run) for candidate in willing]
-        return willing[self._contest.winner(runs, *args, **kwargs)]
+        if compiling and self._compiled is not None:
+            return self._compiled
+        return willing[self._contest.winner(_runs(willing), *args, **kwargs)]
+
+    def measured(self, *args: Any) -> Backend[Result]:
+        """The automatic choice for these arguments as far as it is known; nothing is measured."""
+        able = [c for c in self.backends[:-1] if not c.missing(args[0].device)]
+        willing = [c for c in able if not c.refuse(*args)]
+        if self._contest is None or len(willing) < 2:
+            return (*willing, self.backends[-1])[0]
+        return willing[self._contest.known(_runs(willing), *args) or 0]
 
     def report(self, device: torch.device) -> OpReport:
         """The automatic choice on `device`, as far as it does not depend on the arguments."""
@@ -137,6 +152,10 @@ class Op(Generic[Result]):
                 return OpReport(self.name, candidate.name, refused)
             refused[candidate.name] = reason
         return OpReport(self.name, self.backends[-1].name, refused)
+
+
+def _runs(backends: list[Backend[Any]]) -> list[tuple[str, Callable[..., Any]]]:
+    return [(backend.name, backend.run) for backend in backends]
 
 
 def report(device: torch.device | str) -> list[OpReport]:

@@ -143,12 +143,45 @@ def _kind(
     return full, str(tokens.dtype), tokens.shape[2], size_class(rows)
 
 
+def _run_measured(
+    tokens: Tensor,
+    height: int,
+    width: int,
+    num_prefix_tokens: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    depthwise_weight: Tensor | None,
+    depthwise_bias: Tensor | None,
+) -> Tensor:
+    weights = LPHWeights(weight, bias, scale, shift, depthwise_weight, depthwise_bias)
+    call = (tokens, (height, width), num_prefix_tokens, weights)
+    return _op.measured(*call).run(*call)
+
+
+_measured = torch.library.custom_op("lgvit_fast::lph_pool", _run_measured, mutates_args=())
+
+
+@_measured.register_fake
+def _(tokens: Tensor, *args: object) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
+
+
+def _as_one_node(
+    tokens: Tensor, patch_grid: tuple[int, int], num_prefix_tokens: int, weights: LPHWeights
+) -> Tensor:
+    pooled: Tensor = _measured(tokens, *patch_grid, num_prefix_tokens, *weights)
+    return pooled
+
+
 _op = Op(
     "lph_pool",
     Backend("triton", _lph_pool_triton, _triton.why_missing, _refuse_triton),
     Backend("cpp", _lph_pool_cpp, _missing_cpp, _refuse_cpp),
     Backend("torch", lph_pool_reference),
     contest=Contest("lph_pool", _kind),
+    compiled=Backend("measured", _as_one_node),
 )
 
 

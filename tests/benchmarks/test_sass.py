@@ -38,3 +38,26 @@ def test_a_product_repeats_its_loop_until_it_is_complete():
     text = f".L_x_1:\n{body}        /*0030*/  @P0 BRA `(.L_x_1) ;\n" + line.format("EXIT")
     # 32 x 8 x 64 by two warps: four HMMA of 16 x 8 x 16 each, so two passes of the loop.
     assert sass.of_product(32, 8, 64, 2)(sass.parse(text)) == pytest.approx((5 + 4) * 64 / 256)
+
+
+def test_parts_tiles_and_their_end_are_run_by_fewer_and_fewer_programs():
+    line, back = "        /*0000*/   {} ;\n", "        /*0030*/  @P0 BRA `({}) ;\n"
+    names = (
+        "MOV R1, R2",
+        "LDGSTS.E.128 [R1], [R2]",
+        "HMMA.16816.F32 R4, R8, R12, R4",
+        "FADD R1, R2, R3",
+    )
+    move, load, multiply, merge = map(line.format, names)
+    count, leave = line.format("ATOMG.E.ADD.STRONG.GPU PT, R2, [R4], R3"), line.format("EXIT")
+    # One walk is a loop of a step each time, the other is unrolled.
+    walks = f".L_x_1:\n{load}{multiply}{back.format('.L_x_1')}" + multiply * 4
+    end = f".L_x_2:\n{merge}{back.format('.L_x_2')}" + leave
+    text = move + walks + count + merge * 5 + count + end
+    # Each is 4 steps: 12 instructions in the loop, 4 unrolled, of which half is counted.
+    first, tile, last = 1 + 8, 6, 4 + 2 * 2
+    found = sass.of_arrivals(96, 3, 3, 8, 4)(sass.parse(text))
+    assert found == pytest.approx((3 * (3 * first + tile) + last) * 128 / 96)
+    whole = sass.of_arrivals(96, 1, 3, 8, 4)(sass.parse(text.replace(count, "", 1)))
+    assert whole == pytest.approx((3 * (1 + 16 + 5) + last) * 128 / 96)
+    assert sass.of_arrivals(96, 1, 3, 8, 4)(sass.parse(text)) is None

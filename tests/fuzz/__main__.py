@@ -27,6 +27,7 @@ CAMPAIGNS = {
     "threads": (40, 1),
     "kills": (1, 2),
     "memory": (500, 1),
+    "candidates": (40, 1),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 
 import lgvit_fast
 from lgvit_fast.inference import Engine
+from lgvit_fast.inference.prepared import compiled_segment
 from tests.helpers import images, tiny_model, tiny_swin
 
 # Nine segments and sizes: more versions than torch compiles of one piece of code.
@@ -71,3 +72,19 @@ def test_compiled_for_real():
     got, want = engine(images(2), script), model.infer(images(2), script)
     assert torch.equal(got.exit_index, want.exit_index)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_segment_runs_uncompiled_first(compiled):
+    """What is measured on a first call cannot be while torch traces."""
+
+    class Told:
+        index, traced = 0, []
+
+        def advance(self, tokens, image_size):
+            self.traced.append(torch.compiler.is_compiling())
+            return tokens + 1, None
+
+    segment, tokens = Told(), torch.zeros(2)
+    run = compiled_segment(segment, (8, 8))
+    assert run(tokens)[0].sum().item() == 2 and compiled
+    assert segment.traced == [False, True]

@@ -54,6 +54,20 @@ def assert_answers(answers, model, policy, count, order="input"):
     torch.testing.assert_close(got, expected.logits[indices], atol=1e-4, rtol=1e-4)
 
 
+def test_a_copy_to_the_device_is_over_before_the_loader_is_asked_again(engine, monkeypatch):
+    """From pinned memory a copy that nobody waits for reads what the loader writes there next."""
+    asked = []
+    to = torch.Tensor.to
+
+    def watched(self, *args, **kwargs):
+        asked.append(kwargs.get("non_blocking", False))
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    assert len(list(stream(engine, loader([3, 2]), batch_size=2))) == 5
+    assert asked and not any(asked)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_every_image_is_answered_once_with_the_answer_of_infer(model, engine, data):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lgvit_fast.kernels import exit_step as kernel
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind, exit_step, exit_step_reference
-from tests.kernels.device import generator, moved
+from tests.kernels.device import far_apart, generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 RULES = {
@@ -165,6 +165,13 @@ def test_strided_state_and_tokens() -> None:
     expected = exit_step_reference(**arguments, rule=RULES["patience"], state=state)
     torch.testing.assert_close(step.logits, expected.logits, rtol=2e-5, atol=2e-5)
     assert wide[:, 1:3].equal(state) and (wide[:, [0, 3, 4]] == 7).all()
+
+
+def test_channels_that_lie_far_apart() -> None:
+    arguments = make(2, 1, 1, 5, 10, torch.bfloat16) | {"tokens": far_apart(2, 7, 5)}
+    step = kernel.exit_step(**arguments, rule=(0, 0.0, 0), state=fresh(2))
+    near = arguments | {"tokens": arguments["tokens"].contiguous()}
+    assert kernel.exit_step(**near, rule=(0, 0.0, 0), state=fresh(2)).logits.equal(step.logits)
 
 
 def test_no_images() -> None:

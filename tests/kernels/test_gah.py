@@ -11,7 +11,7 @@ from lgvit_fast.ops import backend
 from lgvit_fast.ops.exit_step import ExitRule, RuleKind
 from lgvit_fast.ops.gah import gah_pool, gah_pool_reference
 from tests.helpers import randomize
-from tests.kernels.device import generator, moved
+from tests.kernels.device import far_apart, generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -98,6 +98,11 @@ def test_strided_tokens(pool: str) -> None:
     check(tokens[::2, :, ::2], (5, 4), 1, weight, 2, 2, pool)
     turned = tokens[..., :64].transpose(0, 1).contiguous().transpose(0, 1)
     check(turned, (5, 4), 1, weight, 2, 2, pool)
+
+
+def test_channels_that_lie_far_apart() -> None:
+    _, weight = make(1, (2, 3), 1, 6, torch.bfloat16)
+    check(far_apart(2, 7, 6), (2, 3), 1, weight, 2, 1, "subsample")
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -1,5 +1,6 @@
 """The local head's kernels against the reference in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from lgvit_fast import ops
 from lgvit_fast.ops.lph import LPHWeights, lph_pool, lph_pool_reference
-from tests.kernels.device import generator, moved
+from lgvit_fast.ops.lph import _op as op
+from tests.kernels.device import far_apart, generator, moved
 
 ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -82,6 +84,12 @@ def test_strided_tokens(full: bool) -> None:
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "light"])
+def test_channels_that_lie_far_apart(full: bool) -> None:
+    _, weights = make(1, (2, 3), 1, 5, full, torch.bfloat16)
+    check(far_apart(2, 7, 5), (2, 3), 1, weights)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "light"])
 def test_no_images(full: bool) -> None:
     tokens, weights = make(0, (4, 4), 1, 64, full, torch.float32)
     assert lph_pool(tokens, (4, 4), 1, weights, backend="triton").shape == (0, 2, 64)
@@ -110,11 +118,38 @@ def test_compiled_call_is_one_node() -> None:
     torch.testing.assert_close(compiled(tokens), run(tokens))
 
 
+def test_compiled_call_runs_what_was_measured_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, weights = make(2, (3, 5), 1, 64, True, torch.float32)
+    ran: list[str] = []
+    willing = [replace(b, missing=lambda device: None, run=ran_as(b, ran)) for b in op.backends]
+    monkeypatch.setattr(op, "backends", tuple(willing))
+    compiled: Any = torch.compile(
+        lambda x: lph_pool(x, (3, 5), 1, weights), fullgraph=True, backend="aot_eager"
+    )
+    for name in ("triton", "cpp"):
+        monkeypatch.setattr(
+            op._contest, "known", lambda runs, *a, name=name: [n for n, _ in runs].index(name)
+        )
+        torch.testing.assert_close(compiled(tokens), lph_pool_reference(tokens, (3, 5), 1, weights))
+        assert ran.pop() == name and not ran
+
+
+def ran_as(backend: Any, ran: list[str]) -> Any:
+    """The reference under the name of another backend."""
+
+    def run(*args: Any) -> Tensor:
+        ran.append(backend.name)
+        return lph_pool_reference(*args)
+
+    return run
+
+
 def test_operator_registration() -> None:
     tokens, weights = make(1, (3, 2), 1, 32, True, torch.float32)
     for x in (tokens, tokens.transpose(0, 1).clone().transpose(0, 1)):
         arguments = (x, 3, 2, 1, *weights)
         torch.library.opcheck(torch.ops.lgvit_fast.lph_pool_triton.default, arguments)
+        torch.library.opcheck(torch.ops.lgvit_fast.lph_pool.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,17 @@ def test_registration():
     torch.library.opcheck(torch.ops.lgvit_fast.lph_tail.default, (), tail_arguments())
 
 
+@torch.library.custom_op("lgvit_test::add", mutates_args=())
+def _add(x: torch.Tensor) -> torch.Tensor:
+    (op,) = dispatch._registry.values()
+    return op.measured(x).run(x)
+
+
+@_add.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 class Turns:
     """An op with two backends that are measured, by a clock that says what it is told."""
 
@@ -53,6 +64,7 @@ class Turns:
             Backend("cpp", lambda x: x + 10, refuse=lambda x: "no" if x.dim() > 1 else None),
             Backend("torch", lambda x: x + 1),
             contest=Contest("add", lambda x: None if x.dtype.is_complex else size_class(len(x))),
+            compiled=Backend("measured", _add),
         )
 
     def _measure(self, calls):
@@ -83,6 +95,18 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
     assert turns(4) == 10 and turns.measured == 1
     turns.capturing = True
     assert turns(4) == 10 and turns.measured == 1  # what was measured before holds
+
+
+def test_a_compiled_graph_takes_what_was_measured_before(monkeypatch):
+    turns = Turns(monkeypatch, 2.0, 1.0)
+    compiled = torch.compile(lambda x: turns.op(x) * 2, fullgraph=True, backend="aot_eager")
+    x = torch.zeros(4)
+    assert int(compiled(x)[0]) == 200 and turns.measured == 0  # the first, where nothing is known
+    assert turns(4) == 10 and turns.measured == 1
+    assert int(compiled(x)[0]) == 20 and turns.measured == 1  # without compiling again
+    assert int(compiled(torch.zeros(64))[0]) == 200 and turns.measured == 1
+    only = torch.compile(lambda x: turns.op(x), fullgraph=True, backend="aot_eager")
+    assert int(only(torch.zeros(2, 2))[0, 0]) == 100  # cpp refuses: nothing to choose
 
 
 def test_a_forced_choice_and_a_single_candidate_are_not_measured(monkeypatch):
