@@ -356,8 +356,7 @@ class Stream(Iterator[Answer]):
     def _to_model(self, images: Tensor) -> Tensor:
         parameter = next(self._engine.model.parameters())
         dtype = parameter.dtype if images.is_floating_point() else images.dtype
-        # Waits for the copy, from pinned memory too: the loader is asked next, and may write there.
-        return images.to(parameter.device, dtype)
+        return images.to(parameter.device, dtype, non_blocking=True)
 
     def _launch(self, place: int, forced: bool = False) -> None:
         """Launch a run on what waits for a segment, at most a batch. Changes nothing if it fails."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lgvit_fast
-from lgvit_fast.inference import Engine, stream
+from lgvit_fast.inference import Engine, stream, streaming
 from tests.fuzz import stream_fuzz
 from tests.helpers import images, tiny_model
 
@@ -56,16 +56,23 @@ def assert_answers(answers, model, policy, count, order="input"):
 
 def test_a_copy_to_the_device_is_over_before_the_loader_is_asked_again(engine, monkeypatch):
     """From pinned memory a copy that nobody waits for reads what the loader writes there next."""
-    asked = []
-    to = torch.Tensor.to
 
-    def watched(self, *args, **kwargs):
-        asked.append(kwargs.get("non_blocking", False))
-        return to(self, *args, **kwargs)
+    class Copy:
+        is_over = False
 
-    monkeypatch.setattr(torch.Tensor, "to", watched)
-    assert len(list(stream(engine, loader([3, 2]), batch_size=2))) == 5
-    assert asked and not any(asked)
+        def synchronize(self):
+            self.is_over = True
+
+    copies = []
+    monkeypatch.setattr(streaming, "mark", lambda device: copies.append(Copy()) or copies[-1])
+
+    def batches():
+        for batch in loader([3, 2, 2]):
+            assert all(copy.is_over for copy in copies)
+            yield batch
+
+    assert len(list(stream(engine, batches(), batch_size=2))) == 7
+    assert len(copies) == 3
 
 
 @settings(max_examples=60, deadline=None)
