@@ -147,16 +147,14 @@ class Graphs:
         self.nbytes += max(0, free - self._free_bytes())
         self.steps[key] = step
 
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """For replays: they follow those before, on any CUDA stream, and `clear` waits for them."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        try:
-            yield
-        finally:
-            if self._done is not None:
-                self._done.record(torch.cuda.current_stream(self._device))
+
+    def __exit__(self, *raised: object) -> None:
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self._device))
 
     def clear(self) -> None:
         """Wait for the last replay, then drop what was recorded."""
@@ -325,7 +323,7 @@ class BucketRunner:
                 the batch is dropped, and the result is None.
         """
         batch = images.shape[0]
-        with self._graphs.in_turn():  # an earlier run may still use the buffers
+        with self._graphs:  # an earlier run may still use the buffers
             self.images.narrow(0, 0, batch).copy_(images)
             self.ledger.begin(batch, self._start(policy, batch))
             known = arrived = batch  # what the host knows of, and what really entered a segment

@@ -227,7 +227,7 @@ class Slots:
             self._written[id(answer), kind] = written
         there, *out = written
         key = place, id(answer), chosen_backend()
-        with self._graphs.in_turn():
+        with self._graphs:
             _sent(ledger, there.device, there)
             if key not in self._graphs.steps:
                 self._graphs.record(key, partial(work, there, out))
