@@ -63,8 +63,8 @@ def host_time(policy: Policy, batch: int, calls: int) -> HostTime:
 
         return step
 
-    for place, bucket in list(runner._steps):
-        runner._steps[place, bucket] = instead(place)
+    for place, bucket in list(runner._graphs.steps):
+        runner._graphs.steps[place, bucket] = instead(place)
     taken: list[tuple[float, float, float]] = []
     for _ in range(calls):
         gaps.clear()

@@ -180,7 +180,8 @@ def in_torch(name: str, model: LGViT, batch_size: int, exits: Sequence[int] | No
         "engine, speculative": lambda: _in_batches(
             Engine(model, batch_size, "torch", speculate=True)
         ),
-        "stream": lambda: partial(_start_stream, Engine(model, batch_size, "torch")),
+        # A pass is a stream of its own, too short for captures to be worth their time.
+        "stream": lambda: partial(_start_stream, Engine(model, batch_size, "torch", graphs=False)),
     }
     return starts[name]()
 

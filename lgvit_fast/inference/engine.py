@@ -21,6 +21,7 @@ from lgvit_fast.inference.exports import Exports, check_runtime, on_arrays, usab
 from lgvit_fast.inference.graphs import (
     BucketRunner,
     CaptureError,
+    Graphs,
     Program,
     capture_eager,
     capture_graph,
@@ -122,6 +123,7 @@ class Engine:
         self._buckets = _checked_buckets(buckets, max_batch)
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._may_launch = graphs is None  # where a graph cannot be captured
+        self._graphs_off = ""  # why it could not
         self._compile = compile
         self._speculate, self._prepare = speculate, prepare
         add_lock(self)
@@ -210,6 +212,20 @@ class Engine:
             self._refresh(images)
             return self._segments
 
+    def new_graphs(self) -> Graphs | None:
+        """To record segments with, as this engine does; None where it launches every kernel."""
+        if not self._graphs:
+            return None
+        capture = capture_eager if self._graphs == "eager" else capture_graph
+        return Graphs(capture, next(self.model.parameters()).device, self.model)
+
+    def without_graphs(self, error: CaptureError) -> str:
+        """Why kernels are launched one by one from now on; where graphs were asked for, raises it."""
+        if not self._may_launch:
+            raise error
+        _logger.warning("CUDA graphs are off: %s", error)
+        return str(error)
+
     def warm_up(self, images: Tensor, policy: Policy | None = None) -> None:
         """Do now what the first calls would do: fold, compile, measure, capture, export.
 
@@ -265,6 +281,7 @@ class Engine:
             timings=tuple(self._timings.values()),
             graphs=sum(runner.captured for runner in runners),
             graph_bytes=sum(runner.nbytes for runner in runners),
+            graphs_off=self._graphs_off,
         )
 
     def reset_report(self) -> None:
@@ -361,9 +378,7 @@ class Engine:
             try:
                 return self._run_buckets(images, policy, key or self._key(images, policy))
             except CaptureError as error:
-                if not self._may_launch:
-                    raise
-                _logger.warning("CUDA graphs are off: %s", error)
+                self._graphs_off = self.without_graphs(error)
                 self._graphs = False
                 self._forget()
                 self._refresh()
@@ -453,6 +468,8 @@ class Engine:
     def _new_runner(self, images: Tensor, policy: Policy) -> BucketRunner:
         size = (images.shape[2], images.shape[3])
         programs = self._programs if self._compile else None
+        graphs = self.new_graphs()
+        assert graphs is not None
         return BucketRunner(
             self._segments,
             policy,
@@ -460,7 +477,7 @@ class Engine:
             images[:1],
             partial(self._blank, device=images.device),
             partial(_program, self._segments, programs, size, _kind(images)),
-            capture_eager if self._graphs == "eager" else capture_graph,
+            graphs,
             self._speculate,
         )
 

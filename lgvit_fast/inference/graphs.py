@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lgvit_fast.inference.report import Tally
 from lgvit_fast.ops.end_exit import Counts, end_exit_
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BucketRunner",
     "CaptureError",
+    "Graphs",
     "Program",
     "capture_eager",
     "capture_graph",
@@ -95,6 +96,75 @@ def is_of_capture(error: RuntimeError) -> bool:
 def capture_eager(work: Callable[[], None], pool: Any, side: Any) -> Callable[[], None]:
     """No graph: the same buffers and batch sizes, each kernel launched anew. Runs on any device."""
     return work
+
+
+class Graphs:
+    """Work recorded as CUDA graphs. They share memory, so they run one after another.
+
+    What they read of the model stays in memory as long as this does, whatever becomes of the model.
+
+    Args:
+        capture: `capture_graph` or `capture_eager`.
+        device: of all the work.
+        model: whose weights it reads.
+
+    Attributes:
+        steps: what replays each, by the key it was recorded with.
+        nbytes: what the device had less after each was recorded.
+    """
+
+    def __init__(self, capture: Capture, device: torch.device, model: nn.Module) -> None:
+        on_gpu = device.type == "cuda"
+        self.steps: dict[Hashable, Callable[[], None]] = {}
+        self.nbytes = 0
+        self._capture, self._device = capture, device
+        self._pool: Any = None
+        self._side = torch.cuda.Stream(device) if on_gpu else None
+        self._done = torch.cuda.Event() if on_gpu else None  # the last replay
+        weights = [*model.parameters(), *model.buffers()]
+        self._weights = [weight.untyped_storage() for weight in weights if not weight.is_mkldnn]
+
+    def record(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Record work; it also runs before, as compiling and tuning must not happen in a capture."""
+
+        def launch() -> None:
+            with _no_autocast_cache():
+                work()
+
+        if self._side is not None:
+            current = torch.cuda.current_stream(self._device)
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                launch()
+                launch()
+            current.wait_stream(self._side)
+            if not self.steps:  # a pool that no graph is left of takes no other
+                self._pool = torch.cuda.graph_pool_handle()
+        else:
+            launch()
+        free = self._free_bytes()
+        step = self._capture(launch, self._pool, self._side)
+        self.nbytes += max(0, free - self._free_bytes())
+        self.steps[key] = step
+
+    def __enter__(self) -> None:
+        """For replays: they follow those before, on any CUDA stream, and `clear` waits for them."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self._device))
+
+    def clear(self) -> None:
+        """Wait for the last replay, then drop what was recorded."""
+        if self._done is not None:
+            self._done.synchronize()
+        self.steps.clear()
+        self.nbytes = 0
+
+    def _free_bytes(self) -> int:
+        return 0 if self._side is None else torch.cuda.mem_get_info(self._device)[0]
 
 
 class _Section(NamedTuple):
@@ -196,8 +266,6 @@ class _Ledger:
 class BucketRunner:
     """Runs batches through segments captured at the sizes in `buckets`.
 
-    What a graph reads stays in memory until `release`, whatever becomes of the model.
-
     Args:
         segments: from shallow to deep; their heads are prepared.
         policy: its rules become part of what is captured; `run` may get another policy that has the
@@ -206,7 +274,7 @@ class BucketRunner:
         sample: `[1, channels, height, width]`, an image like those to come.
         blank: makes an empty `Inference` of so many rows.
         program: what the segment at a place does at a batch size: `Segment.advance`, or that compiled.
-        capture: `capture_graph` or `capture_eager`.
+        graphs: to record the segments with.
         speculate: launch the next segment before this one's survivors have been counted.
     """
 
@@ -218,12 +286,12 @@ class BucketRunner:
         sample: Tensor,
         blank: Callable[[int], Inference],
         program: Callable[[int, int], Program],
-        capture: Capture,
+        graphs: Graphs,
         speculate: bool = False,
     ) -> None:
         device, rows = sample.device, buckets[-1]
         self._segments, self._policy, self._program = segments, policy, program
-        self._buckets, self._capture, self._speculate = tuple(buckets), capture, speculate
+        self._buckets, self._graphs, self._speculate = tuple(buckets), graphs, speculate
         self._image_size = (sample.shape[2], sample.shape[3])
         self._start = _start_of(policy)
         state = policy.part(0, 1).start(1, device)
@@ -231,20 +299,12 @@ class BucketRunner:
         self.tokens = self._buffers(sample, state.clone())
         beginning = state.expand(rows, *state.shape[1:])
         self.ledger = _Ledger(rows, len(segments), beginning, blank(1), device)
-        on_gpu = device.type == "cuda"
+        self._on_gpu = on_gpu = device.type == "cuda"
         entering = self.ledger.entering
         # Where the host reads how many images each segment left.
         self.counts = entering[1:].cpu().pin_memory() if on_gpu else entering[1:]
         self._scratch = torch.zeros(1, dtype=torch.int32, device=device)
         self._events = [torch.cuda.Event() if on_gpu else None for _ in segments]
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self._side = torch.cuda.Stream(device) if on_gpu else None
-        self._done = torch.cuda.Event() if on_gpu else None
-        self._steps: dict[tuple[int, int], Callable[[], None]] = {}
-        self._graph_bytes = 0
-        model = segments[0].adapter.model
-        weights = [*model.parameters(), *model.buffers()]
-        self._weights = [weight.untyped_storage() for weight in weights if not weight.is_mkldnn]
 
     def run(
         self,
@@ -263,9 +323,7 @@ class BucketRunner:
                 the batch is dropped, and the result is None.
         """
         batch = images.shape[0]
-        if self._done is not None:  # an earlier run on another stream may still use the buffers
-            torch.cuda.current_stream(images.device).wait_event(self._done)
-        try:
+        with self._graphs:  # an earlier run may still use the buffers
             self.images.narrow(0, 0, batch).copy_(images)
             self.ledger.begin(batch, self._start(policy, batch))
             known = arrived = batch  # what the host knows of, and what really entered a segment
@@ -285,9 +343,6 @@ class BucketRunner:
                     break
                 arrived = known
             return self.ledger.answers(batch)
-        finally:
-            if self._done is not None:
-                self._done.record(torch.cuda.current_stream(images.device))
 
     def warm_up(self) -> None:
         """Capture every segment at every size now instead of when it is first needed."""
@@ -296,25 +351,22 @@ class BucketRunner:
                 self._step(place, bucket)
 
     def release(self) -> None:
-        """Wait for the last batch, then drop what was captured and what it reads.
+        """Wait for the last batch, then drop what was captured.
 
         The captured steps refer to this runner: without them it is freed when let go of.
         """
-        if self._done is not None:
-            self._done.synchronize()
-        self._steps.clear()
-        self._weights.clear()
+        self._graphs.clear()
 
     @property
     def captured(self) -> int:
         """How many pairs of a segment and a batch size are captured."""
-        return len(self._steps)
+        return len(self._graphs.steps)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, and of what the device had less after each capture."""
         once = {id(buffer): buffer for buffer in (*self.tokens, self.ledger.memory)}
-        return self._graph_bytes + sum(buffer.nbytes for buffer in once.values())
+        return self._graphs.nbytes + sum(buffer.nbytes for buffer in once.values())
 
     def _buffers(self, sample: Tensor, state: Tensor) -> list[Tensor]:
         """What each segment reads; segments whose tokens have one shape share a buffer."""
@@ -333,37 +385,17 @@ class BucketRunner:
         return self._buckets[bisect_left(self._buckets, count)]
 
     def _step(self, place: int, bucket: int) -> Callable[[], None]:
-        if (place, bucket) not in self._steps:
-            self._steps[place, bucket] = self._captured(place, bucket)
-        return self._steps[place, bucket]
-
-    def _captured(self, place: int, bucket: int) -> Callable[[], None]:
-        work = self._work(place, bucket)
-
-        # Warming up compiles kernels and picks algorithms, which a capture must not; it also runs
-        # the segment on what is in the buffers, so they are put back.
-        once = {id(buffer): buffer for buffer in self.tokens[1:]}
-        buffers = (*once.values(), self.ledger.memory)
-        saved = [buffer.clone() for buffer in buffers]
-        self.ledger.entering.fill_(bucket)  # of an earlier run there may be more
-        if self._side is not None:
-            current = torch.cuda.current_stream()
-            self._side.wait_stream(current)
-            with torch.cuda.stream(self._side):
-                work()
-                work()
-            current.wait_stream(self._side)
-        else:
-            work()
-        free = self._free_bytes()
-        step = self._capture(work, self._pool, self._side)
-        self._graph_bytes += max(0, free - self._free_bytes())
-        for buffer, content in zip(buffers, saved, strict=True):
-            buffer.copy_(content)
-        return step
-
-    def _free_bytes(self) -> int:
-        return 0 if self._side is None else torch.cuda.mem_get_info(self.images.device)[0]
+        key = place, bucket
+        if key not in self._graphs.steps:
+            # Recording also runs the segment on what is in the buffers, so they are put back.
+            once = {id(buffer): buffer for buffer in self.tokens[1:]}
+            buffers = (*once.values(), self.ledger.memory)
+            saved = [buffer.clone() for buffer in buffers]
+            self.ledger.entering.fill_(bucket)  # of an earlier run there may be more
+            self._graphs.record(key, self._work(place, bucket))
+            for buffer, content in zip(buffers, saved, strict=True):
+                buffer.copy_(content)
+        return self._graphs.steps[key]
 
     def _work(self, place: int, bucket: int) -> Callable[[], None]:
         """One segment on the first `bucket` rows; its survivors end up in the first rows."""
@@ -372,7 +404,7 @@ class BucketRunner:
         state, rows = ledger.state[:bucket], ledger.rows[:bucket]
         into = None if segment.is_last else self.tokens[place + 1]
         # Nobody waits for the last one: it must not write to the host when the host has gone on.
-        waited_for = self._side is not None and not segment.is_last
+        waited_for = self._on_gpu and not segment.is_last
         told = self.counts[place : place + 1] if waited_for else None
         counts = Counts(
             entering=ledger.entering[place : place + 1],
@@ -382,20 +414,19 @@ class BucketRunner:
         )
 
         def work() -> None:
-            with _no_autocast_cache():
-                after, read = program(tokens)
-                step = segment.decide(read, after, state, self._policy)
-                end_exit_(
-                    step,
-                    after,
-                    rows,
-                    state,
-                    ledger.answer,
-                    segment.index,
-                    segment.stop,
-                    into=into,
-                    counts=counts,
-                )
+            after, read = program(tokens)
+            step = segment.decide(read, after, state, self._policy)
+            end_exit_(
+                step,
+                after,
+                rows,
+                state,
+                ledger.answer,
+                segment.index,
+                segment.stop,
+                into=into,
+                counts=counts,
+            )
 
         return work
 

@@ -67,8 +67,10 @@ class Report:
             enough or no more came; 0 for an engine.
         runtime: what the last batch ran on, "torch", "onnxruntime" or "openvino".
         timings: what `Engine.warm_up` measured or found in the user's cache, for each batch size.
-        graphs: graphs that an engine holds, each of a segment at a batch size.
+        graphs: graphs that an engine holds, each of a segment at a batch size; a stream holds up to two
+            of a segment.
         graph_bytes: memory of their buffers, and of the graphs themselves on a GPU.
+        graphs_off: why kernels are launched one by one where graphs were tried; else empty.
     """
 
     segments: tuple[SegmentReport, ...]
@@ -78,6 +80,7 @@ class Report:
     timings: tuple[RuntimeTiming, ...] = ()
     graphs: int = 0
     graph_bytes: int = 0
+    graphs_off: str = ""
 
     @property
     def left(self) -> tuple[int, ...]:
@@ -112,6 +115,8 @@ class Report:
         lines.append(f"on {self.runtime}")
         if self.graphs:
             lines.append(f"{self.graphs} graphs, {self.graph_bytes / 2**20:.0f} MiB")
+        if self.graphs_off:
+            lines.append(f"no graphs: {self.graphs_off}")
         lines += [f"{timing.fastest} chosen for {timing}" for timing in self.timings]
         return "\n".join(lines)
 

@@ -7,17 +7,24 @@ A run has two halves. `Slots.launch` gathers a batch, runs the segment and ends 
 `end_exit_`; on a GPU nobody waits for that. `Slots.store` needs the number of survivors, and puts
 them into free slots. The first half changes nothing but memory of its own, the second nothing but
 free slots: each may fail or be interrupted anywhere, and be done again.
+
+With graphs, `launch` replays a full batch from a segment's second run on. A graph knows its memory by
+address: there is one for each segment and each answer that runs write to in turns, and those of one
+answer share the rest of what they write. When a buffer that they read is replaced, all are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lgvit_fast.inference.graphs import Graphs
+from lgvit_fast.ops.dispatch import chosen_backend
 from lgvit_fast.ops.end_exit import Counts, end_exit_
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["Run", "Slots", "answer_rows", "mark"]
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device]  # of rows: their shape
 
 
 def mark(device: torch.device) -> Any:
@@ -92,10 +101,27 @@ class Slots:
         self._batch_size = batch_size
         self._images: Tensor | None = None  # what waits for the first segment
         self._first_state: Tensor | None = None
-        self._tokens: dict[Hashable, Tensor] = {}  # by shape, dtype and device
+        self._tokens: dict[_Kind, Tensor] = {}
         self._state: Tensor | None = None
-        self._before: dict[int, Hashable] = {}  # which of `_tokens` a segment reads
+        self._before: dict[int, _Kind] = {}  # which of `_tokens` a segment reads
         self._scratch: Tensor | None = None
+        self._graphs: Graphs | None = None
+        self._after: dict[int, _Kind] = {}  # what each segment gave since graphs were dropped
+        # Ledger, tokens and state that graphs write, for each answer and kind of tokens.
+        self._written: dict[tuple[int, _Kind], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def renew(self, graphs: Graphs | None) -> None:
+        """Drop all graphs, and record others with these; None: launch every kernel."""
+        self._drop_graphs()
+        self._graphs = graphs
+
+    @property
+    def graphs(self) -> tuple[int, int]:
+        """How many there are, and the bytes of them and of what they write."""
+        if self._graphs is None:
+            return 0, 0
+        written = sum(tensor.nbytes for own in self._written.values() for tensor in own)
+        return len(self._graphs.steps), self._graphs.nbytes + written
 
     def fits(self, images: Tensor) -> bool:
         """Whether images can join those that wait: they have the same size and dtype."""
@@ -110,6 +136,7 @@ class Slots:
             row: as many images wait for the first segment already; row + n <= the batch size.
         """
         if not self.fits(images):
+            self._drop_graphs()
             self._tokens, self._state, self._before = {}, None, {}
             self._first_state = state.new_empty(self._batch_size, *state.shape[1:])
             self._scratch = torch.zeros(1, dtype=torch.int32, device=images.device)
@@ -134,29 +161,28 @@ class Slots:
             slots: of the images; those before the first segment are its first rows.
             policy: who leaves.
             answer: made by `answer_rows`; no run may be using it.
+
+        Raises:
+            CaptureError: the segment cannot be captured as a graph.
         """
         assert self._images is not None and self._scratch is not None
         count, device = len(slots), self._images.device
         flags = [0] * (len(answer) // 8)
         ledger = np.array([count, 0, *range(count), *slots, *flags], np.int64)
-        sent = _sent(ledger, device)
-        parts = sent.split_with_sizes([1, 1, count, count, len(flags)])
-        entering, survivors, rows, at, nonfinite = parts
-        tokens, state = self._gather(place, at)
         size = (self._images.shape[2], self._images.shape[3])
-        tokens, step = segment(tokens, state, size, policy)
-        end_exit_(
-            step,
-            tokens,
-            rows,
-            state,
-            (*answer.tensors()[:3], nonfinite.view(torch.bool)),
-            segment.index,
-            segment.stop,
-            counts=Counts(entering, survivors, None, self._scratch),
-        )
-        if device.type != "cpu":  # where it is the same memory; from CUDA into pinned memory
-            ledger = sent.to("cpu", non_blocking=device.type == "cuda").numpy()
+        source, scratch = self._waiting(place), self._scratch
+        work = partial(_run, place, source, segment, policy, size, answer, scratch, count)
+        replays = self._graphs is not None and count == self._batch_size and place in self._after
+        if replays:
+            sent, tokens, state = self._replay(place, answer, ledger, work)
+        else:
+            sent = _sent(ledger, device)
+            tokens, state = work(sent)
+            self._after[place] = _kind(tokens)
+        # Else the host sees what was written: it is the same memory. From CUDA into pinned memory.
+        if replays or device.type != "cpu":
+            on_gpu = device.type == "cuda"
+            ledger = sent.to("cpu", non_blocking=on_gpu, copy=True).numpy()
         return Run(count, tokens, state, answer, ledger, mark(device))
 
     def store(
@@ -178,14 +204,42 @@ class Slots:
             self._state.index_copy_(0, at, run.state[:count])
         return run.answer.logits.index_select(0, rows).unbind() if leavers else ()
 
-    def _gather(self, place: int, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and state in the slots `at`; before the first segment, in as many first rows."""
+    def _waiting(self, place: int) -> tuple[Tensor, Tensor]:
+        """Tokens and state of all that wait: in slots; before the first segment, in the first rows."""
         if place:
             assert self._state is not None
-            tokens = self._tokens[self._before[place]].index_select(0, at)
-            return tokens, self._state.index_select(0, at)
+            return self._tokens[self._before[place]], self._state
         assert self._images is not None and self._first_state is not None
-        return self._images[: len(at)], self._first_state[: len(at)].clone()
+        return self._images, self._first_state
+
+    def _replay(
+        self, place: int, answer: Inference, ledger: NDArray[np.int64], work: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A full batch from a graph: its ledger, tokens and state, in memory of the answer's own."""
+        assert self._graphs is not None and self._first_state is not None
+        kind = self._after[place]
+        written = self._written.get((id(answer), kind))
+        if written is None:
+            shape, dtype, device = kind
+            there = torch.empty(len(ledger), dtype=torch.int64, device=device)
+            tokens = torch.empty(self._batch_size, *shape, dtype=dtype, device=device)
+            written = there, tokens, torch.empty_like(self._first_state)
+            self._written[id(answer), kind] = written
+        there, *out = written
+        key = place, id(answer), chosen_backend()
+        with self._graphs:
+            _sent(ledger, there.device, there)
+            if key not in self._graphs.steps:
+                self._graphs.record(key, partial(work, there, out))
+                _sent(ledger, there.device, there)  # it ran
+            self._graphs.steps[key]()
+        return written
+
+    def _drop_graphs(self) -> None:
+        """And what they write; a run that is under way keeps its own."""
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._after, self._written = {}, {}
 
     def _with_room(self, buffer: Tensor | None, like: Tensor, rows: int) -> Tensor:
         """A buffer, or a larger one with the same content, in steps of a batch."""
@@ -194,17 +248,63 @@ class Slots:
         rows = -(-rows // self._batch_size) * self._batch_size
         larger = like.new_empty(rows, *like.shape[1:])
         if buffer is not None:
+            self._drop_graphs()  # they read the other one
             larger[: len(buffer)] = buffer
         return larger
 
 
-def _kind(rows: Tensor) -> Hashable:
+def _run(
+    place: int,
+    source: tuple[Tensor, Tensor],
+    segment: Segment,
+    policy: Policy,
+    image_size: tuple[int, int],
+    answer: Inference,
+    scratch: Tensor,
+    count: int,
+    ledger: Tensor,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `Slots.launch` launches: tokens and state of the survivors, in `out` if given."""
+    parts = ledger.split_with_sizes([1, 1, count, count, len(ledger) - 2 - 2 * count])
+    entering, survivors, rows, at, nonfinite = parts
+    into, own = out or (None, None)
+    tokens, state = _gather(place, source, at, own)
+    tokens, step = segment(tokens, state, image_size, policy)
+    end_exit_(
+        step,
+        tokens,
+        rows,
+        state,
+        (*answer.tensors()[:3], nonfinite.view(torch.bool)),
+        segment.index,
+        segment.stop,
+        into=into,
+        counts=Counts(entering, survivors, None, scratch),
+    )
+    return tokens if into is None else into, state
+
+
+def _gather(
+    place: int, source: tuple[Tensor, Tensor], at: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and state of a batch; the state in memory of its own, `out` if given."""
+    tokens, state = source
+    if place:
+        return tokens.index_select(0, at), torch.index_select(state, 0, at, out=out)
+    first = state[: len(at)]
+    return tokens[: len(at)], first.clone() if out is None else out.copy_(first)
+
+
+def _kind(rows: Tensor) -> _Kind:
     return rows.shape[1:], rows.dtype, rows.device
 
 
-def _sent(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
-    """The numbers on a device. Through pinned memory, so that the host need not wait."""
-    sent = torch.from_numpy(numbers)
-    if device.type == "cuda":
-        return sent.pin_memory().to(device, non_blocking=True)
-    return sent if device.type == "cpu" else sent.to(device)
+def _sent(numbers: NDArray[np.int64], device: torch.device, to: Tensor | None = None) -> Tensor:
+    """The numbers on a device, `to` if given. Through pinned memory, so that the host need not wait."""
+    sent, on_gpu = torch.from_numpy(numbers), device.type == "cuda"
+    if on_gpu:
+        sent = sent.pin_memory()
+    if to is not None:
+        return to.copy_(sent, non_blocking=on_gpu)
+    return sent if device.type == "cpu" else sent.to(device, non_blocking=on_gpu)

@@ -12,6 +12,7 @@ new images can be had, as at the end of the data.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lgvit_fast.inference.answer import Answer
 from lgvit_fast.inference.engine import Engine
+from lgvit_fast.inference.graphs import CaptureError
 from lgvit_fast.inference.items import split_item
 from lgvit_fast.inference.reader import (
     DIED,
@@ -145,6 +147,7 @@ class Stream(Iterator[Answer]):
         self._running: tuple[Segment, ...] = ()
         self._answers: list[Inference] = []  # for the runs to write to, in turns
         self._copied: Any = None  # by now, what the loader gave last
+        self._graphs_off = ""  # why full batches are not replayed from graphs
         self._failures = 0  # in a row
         self._told = False
         self._tally = Tally((*engine.exits, engine.model.num_blocks))
@@ -175,10 +178,13 @@ class Stream(Iterator[Answer]):
         raise failure
 
     def report(self) -> Report:
-        """Occupancy so far: batches and images of each segment, runs below a full batch."""
+        """Occupancy so far: batches and images of each segment, runs below a full batch; graphs."""
         with take_turn(self, "the stream"):
             waiting = zip(self._state.waiting, self._dropped, strict=True)
-            return self._tally.report(tuple(map(sum, waiting)))
+            report = self._tally.report(tuple(map(sum, waiting)))
+            graphs, size = self._slots.graphs
+            off = self._graphs_off
+            return dataclasses.replace(report, graphs=graphs, graph_bytes=size, graphs_off=off)
 
     def close(self) -> list[Answer]:
         """Stop: take no more images, drop those on their way, give the finished ones not yet given."""
@@ -370,7 +376,12 @@ class Stream(Iterator[Answer]):
                 return
             self._take_up(segments)
         slots = [image.slot for image in batch]
-        run = self._slots.launch(place, segments[place], slots, self._policy, self._answer())
+        try:
+            run = self._slots.launch(place, segments[place], slots, self._policy, self._answer())
+        except CaptureError as error:
+            self._graphs_off = self._engine.without_graphs(error)
+            self._slots.renew(None)
+            return
         launched = _Launched(run, place, segments[place], batch, forced)
         queues = list(state.queues)
         queues[place] = queue[self._batch_size :]
@@ -427,6 +438,7 @@ class Stream(Iterator[Answer]):
             raise RuntimeError(
                 f"the model changed while {on_their_way} images were on their way through it"
             )
+        self._slots.renew(None if self._graphs_off else self._engine.new_graphs())
         self._answers = []
         self._running = segments
 
@@ -456,8 +468,9 @@ def stream(
 
     The answers are those of `model.infer`. Images are moved to the model's device and dtype. Segments
     run on torch, whatever runtime an engine has chosen: an image waits between them, and the memory of
-    a runtime's outputs is overwritten by its next call. Kernels are launched one by one, also where an
-    engine would replay graphs. On a GPU the loader is asked while a run is under way, so answers may
+    a runtime's outputs is overwritten by its next call. Where the engine replays CUDA graphs, a full
+    batch is replayed, too, from the second run of a segment on; what is less than a full batch is
+    launched kernel by kernel. On a GPU the loader is asked while a run is under way, so answers may
     come one of its batches later; take one CUDA stream for all calls.
 
     Args:

@@ -15,14 +15,17 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
-from lgvit_fast.inference import reader, slots, streaming, turns
+from lgvit_fast.inference import graphs, reader, slots, streaming, turns
+from lgvit_fast.inference.graphs import Graphs, capture_eager
 from lgvit_fast.inference.streaming import Stream
 from lgvit_fast.ops.exit_step import ExitStep
 from lgvit_fast.outputs import Inference
 from lgvit_fast.policies import Policy
 
-FILES = {module.__file__ for module in (streaming, slots, reader, turns)}
+CPU = torch.device("cpu")
+FILES = {module.__file__ for module in (streaming, slots, graphs, reader, turns)}
 NUM_EXITS = 2
 
 
@@ -36,6 +39,7 @@ class Case:
         order: of the answers.
         generator: the loader is a generator, whose own code may be interrupted; else a list.
         threaded: the loader is read in a thread.
+        graphs: full batches are replayed.
         points: bytecodes between one interrupt and the next.
         error: what an interrupt raises.
     """
@@ -45,6 +49,7 @@ class Case:
     order: str = "input"
     generator: bool = False
     threaded: bool = False
+    graphs: bool = False
     points: tuple[int, ...] = ()
     error: type[BaseException] = KeyboardInterrupt
 
@@ -82,7 +87,7 @@ class Segment:
         return tokens.clone(), ExitStep(logits, leave, torch.ones_like(leave))
 
 
-def fake_engine() -> Any:
+def fake_engine(replaying: bool = False) -> Any:
     """What a stream asks of an engine, with segments that cost nothing."""
     model = SimpleNamespace(
         num_blocks=NUM_EXITS + 1,
@@ -92,7 +97,12 @@ def fake_engine() -> Any:
         blank=lambda rows, device: Inference.blank(rows, 2, torch.float32, device),
     )
     segments = tuple(Segment(index) for index in range(NUM_EXITS + 1))
-    return SimpleNamespace(exits=(1, 2), model=model, segments_for=lambda images: segments)
+    return SimpleNamespace(
+        exits=(1, 2),
+        model=model,
+        segments_for=lambda images: segments,
+        new_graphs=lambda: Graphs(capture_eager, CPU, nn.Identity()) if replaying else None,
+    )
 
 
 def batches(case: Case) -> list[Any]:
@@ -153,7 +163,7 @@ def play(case: Case, tracer: Interrupter | None = None) -> Outcome:
     outcome, items = Outcome(), batches(case)
     loader = generate(items) if case.generator else items
     running = Stream(
-        fake_engine(), loader, case.batch_size, case.order, Policy(),
+        fake_engine(case.graphs), loader, case.batch_size, case.order, Policy(),
         60.0 if case.threaded else None, 64,
     )  # fmt: skip
     tracer = tracer or Interrupter(case, outcome)
@@ -218,13 +228,14 @@ def run(count: int, seed: int) -> dict[str, int]:
     """Random cases with up to 6 interrupts each; `failures` is to be 0."""
     draw = random.Random(seed)
     found = {"cases": 0, "interrupts": 0, "images": 0, "failures": 0}
-    for _ in range(count):
+    for number in range(count):
         case = Case(
             sizes=tuple(draw.randrange(6) for _ in range(draw.randrange(6))),
             batch_size=draw.randint(1, 5),
             order=draw.choice(["input", "completion"]),
             generator=draw.random() < 0.3,
             threaded=draw.random() < 0.2,
+            graphs=number % 2 == 1,
             points=tuple(draw.randrange(1200) for _ in range(draw.randint(1, 6))),
             error=draw.choice([KeyboardInterrupt, TimeoutError]),
         )

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lgvit_fast
 from lgvit_fast import _extension
+from lgvit_fast.inference import slots
 from tests.helpers import tiny_model
 
 MOST = 4  # operations an exit beside the head's
@@ -32,7 +33,7 @@ def test_an_exit_in_buckets_adds_few_operations():
     engine(images, policy)
     (runner,) = engine._runners.values()
 
-    for segment, step in zip(engine.segments, runner._steps.values(), strict=True):
+    for segment, step in zip(engine.segments, runner._graphs.steps.values(), strict=True):
         tokens = runner.tokens[segment.index]
         state = runner.ledger.state
 
@@ -78,7 +79,8 @@ def test_an_exit_in_a_stream_adds_few_operations(monkeypatch):
     for place, segment in list(enumerate(segments))[1:]:
         waiting = running._state.queues[place]
         with torch.no_grad():
-            inputs = running._slots._gather(place, torch.arange(len(waiting)))
+            source = running._slots._waiting(place)
+            inputs = slots._gather(place, source, torch.arange(len(waiting)))
             head = operations(partial(segment, *inputs, tuple(images.shape[2:]), policy))
             everything = operations(partial(running._launch, place))
         assert 1 <= len(everything) - len(head) <= MOST_IN_A_STREAM, everything

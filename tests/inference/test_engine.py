@@ -313,6 +313,7 @@ def test_only_a_failed_capture_turns_graphs_off(model, monkeypatch, error):
     if error is CaptureError:
         assert_same(engine(images(3)), model.infer(images(3)))
         assert engine._graphs is False
+        assert engine.report().graphs_off == "cannot"
         return
     with pytest.raises(error, match="cannot"):
         engine(images(3))

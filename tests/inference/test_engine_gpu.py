@@ -97,9 +97,12 @@ def test_half_precision_autocast(model, engine):
     torch.testing.assert_close(got.logits, want.logits, atol=0.15, rtol=0.15)
 
 
-def test_stream(model):
-    batches = [images(6, seed=i) for i in range(5)]  # on the CPU: the stream moves them
-    answers = list(stream(model, batches, 8, policy=lgvit_fast.Patience(2)))
+def test_stream(model, engine):
+    batches = [images(6, seed=i) for i in range(20)]  # on the CPU: the stream moves them
+    running = stream(engine, batches, 8, policy=lgvit_fast.Patience(2))
+    answers = list(running)
+    report = running.report()
+    assert bool(report.graphs) == bool(engine._graphs) and not report.graphs_off
     expected = model.infer(torch.cat(batches).cuda(), lgvit_fast.Patience(2))
     assert [a.exit_index for a in answers] == expected.exit_index.tolist()
     got = torch.stack([a.logits for a in answers])

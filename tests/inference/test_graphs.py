@@ -1,7 +1,9 @@
 """The graph engine's own work around its segments; on the CPU, where nothing is captured."""
 
+import weakref
 from bisect import bisect_left
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lgvit_fast.inference import engine as engine_module
 from lgvit_fast.inference.graphs import (
     BucketRunner,
     CaptureError,
+    Graphs,
     capture_graph,
     default_buckets,
 )
@@ -48,8 +51,10 @@ def test_a_batch_begins_with_two_copies_and_ends_with_one(policy):
     engine = tiny_engine(tiny_model(exits=[2, 3]), buckets=[8])
     engine.warm_up(images(3), policy)
     runner = runner_of(engine)
-    for place, bucket in runner._steps:  # nothing leaves, nothing is computed
-        runner._steps[place, bucket] = lambda place=place: runner.counts.numpy().put(place, 3)
+    for place, bucket in runner._graphs.steps:  # nothing leaves, nothing is computed
+        runner._graphs.steps[place, bucket] = lambda place=place: runner.counts.numpy().put(
+            place, 3
+        )
     given = images(3)
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as found:
         runner.run(given, policy, engine._tally)
@@ -64,8 +69,12 @@ def test_weights_are_looked_at_once_and_after_the_first_launch(monkeypatch):
     nobody = lgvit_fast.Confidence(1.0)
     engine(images(8), nobody)
     runner, order = runner_of(engine), []
-    for (place, bucket), step in list(runner._steps.items()):
-        runner._steps[place, bucket] = lambda place=place, step=step: (order.append(place), step())
+    steps = runner._graphs.steps
+    for (place, bucket), step in list(steps.items()):
+        steps[place, bucket] = lambda place=place, step=step: (
+            order.append(place),
+            step(),
+        )
     look = engine._watch.changed
     monkeypatch.setattr(engine._watch, "changed", lambda share: order.append("look") or look(share))
     engine(images(8), nobody)
@@ -76,7 +85,7 @@ def test_a_count_that_nobody_waits_for_is_not_written_to_the_host(monkeypatch):
     engine = tiny_engine(tiny_model(exits=[2, 3]), buckets=[8])
     engine.warm_up(images(8))
     runner, told = runner_of(engine), []
-    monkeypatch.setattr(runner, "_side", object())  # as on a GPU
+    monkeypatch.setattr(runner, "_on_gpu", True)
     monkeypatch.setattr(
         graphs, "end_exit_", lambda *args, counts, **named: told.append(counts.told is not None)
     )
@@ -103,8 +112,8 @@ def test_what_was_computed_of_other_weights_is_dropped(change):
     given, policy = images(8), lgvit_fast.Replay([0, 1, 2] * 2 + [2, 2])
     engine(given, policy)
     stale, launched = runner_of(engine), []
-    step = stale._steps[0, 8]
-    stale._steps[0, 8] = lambda: (launched.append(True), step())
+    step = stale._graphs.steps[0, 8]
+    stale._graphs.steps[0, 8] = lambda: (launched.append(True), step())
     change(model)
     engine.reset_report()
     share = engine_module._LOOK_IMAGES
@@ -113,7 +122,7 @@ def test_what_was_computed_of_other_weights_is_dropped(change):
         assert_same(engine(given, policy), model.infer(given, policy))
     finally:
         engine_module._LOOK_IMAGES = share
-    assert launched == [True] and not stale._steps
+    assert launched == [True] and not stale._graphs.steps
     assert [s.images for s in engine.report().segments] == [8, 6, 4]
     fresh = runner_of(engine)
     assert_same(engine(given, policy), model.infer(given, policy))
@@ -148,9 +157,11 @@ def test_what_a_graph_reads_stays_until_it_is_released():
     runner = runner_of(engine)
     read = {parameter.data_ptr() for parameter in model.backbone.parameters()}
     model.backbone.to(torch.float64)  # the parameters' memory is another's now
-    assert read <= {storage.data_ptr() for storage in runner._weights}
+    assert read <= {storage.data_ptr() for storage in runner._graphs._weights}
+    gone = weakref.ref(runner._graphs)
+    del runner
     engine.release()
-    assert not runner._weights and not runner._steps
+    assert gone() is None
 
 
 class Done:
@@ -160,7 +171,7 @@ class Done:
         self.runner, self.held = runner, None
 
     def synchronize(self):
-        self.held = len(self.runner._steps)
+        self.held = len(self.runner._graphs.steps)
 
 
 def test_eviction_and_release_wait_for_the_last_replay():
@@ -169,8 +180,8 @@ def test_eviction_and_release_wait_for_the_last_replay():
     for threshold in (0.1, 0.2, 0.3, 0.4, 0.5):
         engine(images(1), lgvit_fast.Confidence(threshold))
         runner = next(reversed(engine._runners.values()))
-        runner._done = Done(runner)
-        events.append(runner._done)
+        runner._graphs._done = Done(runner)
+        events.append(runner._graphs._done)
     assert [event.held is not None for event in events] == [True] + [False] * 4
     engine.release()
     assert all(event.held for event in events)
@@ -223,6 +234,32 @@ def test_errors_of_a_capture(monkeypatch, error, raised):
         assert type(found.value) is raised
         assert error in (found.value, found.value.__cause__)  # the first error is the one told
     assert Recorded.asked == {"pool": "pool", "capture_error_mode": "thread_local"}
+
+
+def test_a_pool_without_graphs_is_not_used_again(monkeypatch):
+    """CUDA's allocator refuses a pool whose graphs are gone, or whose first capture failed."""
+    stream, pools = Mock(), []
+
+    def capture(work, pool, side):
+        pools.append(pool)
+        if len(pools) == 1:
+            raise KeyError("user")
+        return work
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    recorded = Graphs(capture, torch.device("cpu"), nn.Identity())
+    monkeypatch.setattr(recorded, "_side", stream)  # as on a GPU
+    monkeypatch.setattr(recorded, "_free_bytes", lambda: 0)
+    with pytest.raises(KeyError):
+        recorded.record("a", Mock())
+    recorded.record("a", Mock())
+    recorded.record("b", Mock())
+    recorded.clear()
+    recorded.record("a", Mock())
+    assert pools[1] is pools[2]
+    assert len(set(map(id, pools))) == 3
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 7, 8, 16, 60, 64, 256, 1000])
