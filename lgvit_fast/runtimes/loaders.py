@@ -116,6 +116,8 @@ def _onnxruntime(threads: int, alone: bool = False) -> Callable[[bytes], _Loaded
     import onnxruntime
 
     _share_memory()
+    version = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    knows_duration = version >= (1, 26)  # older ones ignore it, and spin while another graph works
 
     def load(data: bytes) -> _Loaded:
         options = onnxruntime.SessionOptions()
@@ -124,7 +126,8 @@ def _onnxruntime(threads: int, alone: bool = False) -> Callable[[bytes], _Loaded
         # Long enough for the next operator, not for the next graph, whose own threads work then. To
         # sleep between operators costs a tenth of a small model's time.
         if not alone:
-            options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+            spin = ("spin_duration_us", "20") if knows_duration else ("allow_spinning", "0")
+            options.add_session_config_entry(f"session.intra_op.{spin[0]}", spin[1])
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Where only weights are int8 they become float32 now; else each call would do that anew.
         fuse = b"QuantizeLinear" in data

@@ -367,6 +367,24 @@ def test_graphs_share_the_memory_of_activations():
     assert all_five < 2 * first
 
 
+@pytest.mark.parametrize(
+    ("version", "setting"), [("1.24.1", "allow_spinning"), ("1.32.0", "spin_dur")]
+)
+def test_threads_do_not_spin_while_another_graph_works(monkeypatch, version, setting):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    given = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, key, value):
+            given.append(key)
+            super().add_session_config_entry(key, value)
+
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    open_export("onnxruntime")
+    assert any(setting in key for key in given)
+
+
 def test_the_loop_of_the_document(tmp_path, monkeypatch):
     """docs/deploy.md has a host loop for other languages: it is run as it stands."""
     open_export("onnxruntime")
