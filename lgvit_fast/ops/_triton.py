@@ -8,6 +8,7 @@ launch, so the package works without it.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-__all__ = ["INTERPRETED", "exit_step", "gah_pool", "lph_pool", "precision", "refuse", "why_missing"]
+__all__ = [
+    "INTERPRETED",
+    "exit_step",
+    "gah_pool",
+    "lph_node",
+    "lph_pool",
+    "precision",
+    "refuse",
+    "why_missing",
+]
 
 _INSTALLED = find_spec("triton") is not None
 # Triton's own variable stands in for a GPU: kernels then run on the CPU, under its interpreter.
@@ -74,33 +84,47 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def lph_node(name: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pooled local head as an operator of torch, which `torch.compile` keeps as one node.
+
+    Args:
+        name: of the operator, with its namespace.
+        run: takes the operator's arguments in their order.
+    """
+
+    def node(
+        tokens: Tensor,
+        height: int,
+        width: int,
+        num_prefix_tokens: int,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        depthwise_weight: Tensor | None,
+        depthwise_bias: Tensor | None,
+    ) -> Tensor:
+        vectors = (weight, bias, scale, shift, depthwise_weight, depthwise_bias)
+        return run(tokens, height, width, num_prefix_tokens, *vectors)
+
+    def fake(tokens: Tensor, *args: object) -> Tensor:
+        return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
+
+    op = torch.library.custom_op(name, node, mutates_args=())
+    op.register_fake(fake)
+    return op
+
+
 def _launch_lph_pool(
-    tokens: Tensor,
-    height: int,
-    width: int,
-    num_prefix_tokens: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    depthwise_weight: Tensor | None,
-    depthwise_bias: Tensor | None,
+    tokens: Tensor, height: int, width: int, num_prefix_tokens: int, *vectors: Tensor | None
 ) -> Tensor:
     launch = import_module("lgvit_fast.kernels.lph").lph_pool
-    vectors = (weight, bias, scale, shift, depthwise_weight, depthwise_bias)
     grid = (height, width)
     pooled: Tensor = launch(tokens, grid, num_prefix_tokens, *vectors, precision=precision())
     return pooled
 
 
-_lph_pool = torch.library.custom_op(
-    "lgvit_fast::lph_pool_triton", _launch_lph_pool, mutates_args=()
-)
-
-
-@_lph_pool.register_fake
-def _(tokens: Tensor, *args: object) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
+_lph_pool = lph_node("lgvit_fast::lph_pool_triton", _launch_lph_pool)
 
 
 def _launch_gah_pool(

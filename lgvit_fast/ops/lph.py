@@ -144,28 +144,13 @@ def _kind(
 
 
 def _run_measured(
-    tokens: Tensor,
-    height: int,
-    width: int,
-    num_prefix_tokens: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    depthwise_weight: Tensor | None,
-    depthwise_bias: Tensor | None,
+    tokens: Tensor, height: int, width: int, num_prefix_tokens: int, *weights: Tensor
 ) -> Tensor:
-    weights = LPHWeights(weight, bias, scale, shift, depthwise_weight, depthwise_bias)
-    call = (tokens, (height, width), num_prefix_tokens, weights)
+    call = (tokens, (height, width), num_prefix_tokens, LPHWeights(*weights))
     return _op.measured(*call).run(*call)
 
 
-_measured = torch.library.custom_op("lgvit_fast::lph_pool", _run_measured, mutates_args=())
-
-
-@_measured.register_fake
-def _(tokens: Tensor, *args: object) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], 2, tokens.shape[2]), dtype=torch.float32)
+_measured = _triton.lph_node("lgvit_fast::lph_pool", _run_measured)
 
 
 def _as_one_node(
